@@ -1,0 +1,260 @@
+"""The command `sglang-stream`.
+
+Only the base packages are imported here, so that `--help` is quick and works without the engine;
+a subcommand imports what it needs when it runs. Errors a user can mend end as one line and status
+1 (2 for a wrong flag), never as a traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+from importlib import metadata, util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sglang_stream.cli import options as o
+from sglang_stream.config import EngineConfig, RouterConfig
+from sglang_stream.errors import InvalidRequest, StreamError, WorkerUnavailable
+
+WITH_SGLANG_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def main() -> None:
+    """Runs the command line given to this process."""
+    try:
+        build_app()()
+    except StreamError as e:
+        print(f"sglang-stream: {e.message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def build_app() -> typer.Typer:
+    """The command with all its subcommands."""
+    app = typer.Typer(
+        name="sglang-stream",
+        help="SGLang serving for prompts whose context is still being retrieved.\n\n"
+        "Try it on a small random model, on any machine:  sglang-stream demo\n\n"
+        "Serve a model:  sglang-stream serve --model-path Qwen/Qwen2.5-7B-Instruct\n\n"
+        "Each command explains itself:  sglang-stream serve --help",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    app.command(context_settings=WITH_SGLANG_FLAGS)(serve)
+    app.command(context_settings=WITH_SGLANG_FLAGS)(worker)
+    app.command()(router)
+    app.command("tiny-model")(tiny_model)
+    forwarded = {**WITH_SGLANG_FLAGS, "help_option_names": []}
+    app.command(context_settings=forwarded)(demo)
+    app.command(context_settings=forwarded)(bench)
+    app.command()(version)
+    return app
+
+
+def serve(
+    ctx: typer.Context,
+    model_path: o.ModelPath,
+    host: o.Host = o.ROUTER.host,
+    port: o.Port = o.ROUTER.port,
+    worker_log: o.WorkerLog = None,
+    start_timeout_s: o.StartTimeout = 600.0,
+    max_open_streams: o.OpenStreams = o.ROUTER.max_open_streams,
+    max_prompt_tokens: o.PromptTokens = o.ENGINE.max_prompt_tokens,
+    stream_pass_tokens: o.PassTokens = o.ENGINE.pass_tokens,
+    max_body_bytes: o.BodyBytes = o.ROUTER.max_body_bytes,
+    max_chunk_bytes: o.ChunkBytes = o.ROUTER.max_chunk_bytes,
+    idle_timeout_s: o.IdleTimeout = o.ROUTER.idle_timeout_s,
+    max_idle_timeout_s: o.MaxIdleTimeout = o.ROUTER.max_idle_timeout_s,
+    resume_grace_s: o.ResumeGrace = o.ROUTER.resume_grace_s,
+) -> None:
+    """Serve a model: a worker and the router in front of it, until Ctrl-C.
+
+    Flags that are not listed here go to SGLang (python -m sglang.launch_server --help):
+
+      sglang-stream serve --model-path Qwen/Qwen2.5-7B-Instruct
+
+      sglang-stream serve --model-path ./model --port 8000 --tp 2 --mem-fraction-static 0.8
+    """
+    from sglang_stream.cli.ports import choose_port, require_free_port
+    from sglang_stream.cli.serve import ServePlan
+    from sglang_stream.cli.serve import serve as run
+    from sglang_stream.cli.worker import has_accelerator
+
+    _require("server", "sglang")
+    _require_model(model_path)
+    if port == 0:
+        port = choose_port(host)
+    require_free_port(host, port)
+    plan = ServePlan(
+        model_path,
+        EngineConfig(
+            max_streams=max_open_streams,
+            max_prompt_tokens=max_prompt_tokens,
+            pass_tokens=stream_pass_tokens,
+        ),
+        RouterConfig(
+            worker_url=f"http://127.0.0.1:{choose_port()}",
+            host=host,
+            port=port,
+            max_open_streams=max_open_streams,
+            max_body_bytes=max_body_bytes,
+            max_chunk_bytes=max_chunk_bytes,
+            idle_timeout_s=idle_timeout_s,
+            max_idle_timeout_s=max_idle_timeout_s,
+            resume_grace_s=resume_grace_s,
+        ),
+        ctx.args,
+        _writable(worker_log or Path(tempfile.mkdtemp(prefix="sglang-stream-")) / "worker.log"),
+        start_timeout_s,
+    )
+    asyncio.run(run(plan, os.environ, accelerator=has_accelerator(os.environ)))
+
+
+def worker(
+    ctx: typer.Context,
+    model_path: o.ModelPath,
+    stream_host: o.StreamHost = o.ENGINE.host,
+    stream_port: o.StreamPort = o.ENGINE.port,
+    max_open_streams: o.OpenStreams = o.ENGINE.max_streams,
+    max_prompt_tokens: o.PromptTokens = o.ENGINE.max_prompt_tokens,
+    stream_pass_tokens: o.PassTokens = o.ENGINE.pass_tokens,
+) -> None:
+    """Start a worker alone: SGLang's own server, with stream support.
+
+    Flags that are not listed here go to SGLang (python -m sglang.launch_server --help):
+
+      sglang-stream worker --model-path ./model --port 30001 --tp 2
+
+    SGLang started by its own command gets stream support from the environment variable
+    SGLANG_STREAM=1 and --radix-cache-backend sglang_stream.
+    """
+    from sglang_stream.cli.worker import has_accelerator, worker_command
+
+    _require("server", "sglang")
+    _require_model(model_path)
+    argv, additions = worker_command(
+        model_path,
+        EngineConfig(
+            host=stream_host,
+            port=stream_port,
+            max_streams=max_open_streams,
+            max_prompt_tokens=max_prompt_tokens,
+            pass_tokens=stream_pass_tokens,
+        ),
+        ctx.args,
+        accelerator=has_accelerator(os.environ),
+    )
+    os.execve(argv[0], argv, {**os.environ, **additions})
+
+
+def router(
+    worker: o.WorkerUrl,
+    host: o.Host = o.ROUTER.host,
+    port: o.Port = o.ROUTER.port,
+    max_open_streams: o.OpenStreams = o.ROUTER.max_open_streams,
+    max_body_bytes: o.BodyBytes = o.ROUTER.max_body_bytes,
+    max_chunk_bytes: o.ChunkBytes = o.ROUTER.max_chunk_bytes,
+    idle_timeout_s: o.IdleTimeout = o.ROUTER.idle_timeout_s,
+    max_idle_timeout_s: o.MaxIdleTimeout = o.ROUTER.max_idle_timeout_s,
+    resume_grace_s: o.ResumeGrace = o.ROUTER.resume_grace_s,
+) -> None:
+    """Start a router alone, in front of a worker that runs elsewhere.
+
+    sglang-stream worker --model-path ./model --port 30001
+
+    sglang-stream router --worker http://127.0.0.1:30001 --port 30000
+    """
+    from sglang_stream.cli.ports import require_free_port
+
+    if not worker.startswith(("http://", "https://")):
+        raise InvalidRequest(f"--worker {worker}: give an address such as http://127.0.0.1:30001")
+    require_free_port(host, port)
+    _require("server", "fastapi", "uvicorn", "zmq", "transformers")
+    from router.server import run
+
+    run(
+        RouterConfig(
+            worker_url=worker.rstrip("/"),
+            host=host,
+            port=port,
+            max_open_streams=max_open_streams,
+            max_body_bytes=max_body_bytes,
+            max_chunk_bytes=max_chunk_bytes,
+            idle_timeout_s=idle_timeout_s,
+            max_idle_timeout_s=max_idle_timeout_s,
+            resume_grace_s=resume_grace_s,
+        )
+    )
+
+
+def tiny_model(
+    folder: Annotated[Path, typer.Argument(help="Where to write it.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Another seed, other weights.")] = 0,
+) -> None:
+    """Write a small random Llama (30 M parameters, 32k context) for trials without a GPU.
+
+    sglang-stream tiny-model ./tiny
+
+    sglang-stream serve --model-path ./tiny --dtype float32
+    """
+    _require("server", "transformers", "torch")
+    from sglang_stream.engine.cpu.tiny_model import build_tiny_model
+
+    build_tiny_model(folder, seed=seed)
+    print(folder)
+
+
+def demo(ctx: typer.Context) -> None:
+    """Crawl pages and ask about them: waiting for all of them, then streaming."""
+    _require("server,crawler", "sglang", "trafilatura")
+    from experiments.demo.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def bench(ctx: typer.Context) -> None:
+    """Measure TTFT, its limit, and ordinary traffic, side by side on the real engine."""
+    _require("server", "sglang")
+    from experiments.bench.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def version() -> None:
+    """Print the versions of sglang-stream and of the SGLang that it found."""
+    try:
+        engine = f"SGLang {metadata.version('sglang')}"
+    except metadata.PackageNotFoundError:
+        engine = "SGLang is not installed"
+    print(f"sglang-stream {metadata.version('sglang-stream')} ({engine})")
+
+
+def _require(extra: str, *packages: str) -> None:
+    """Raises WorkerUnavailable if a package is missing, naming the extra that brings it."""
+    for package in packages:
+        if util.find_spec(package) is None:
+            raise WorkerUnavailable(
+                f'this needs the package {package}: pip install "sglang-stream[{extra}]"'
+            )
+
+
+def _require_model(path: str) -> None:
+    """Raises at once what the worker would find only after loading SGLang for ten seconds."""
+    is_folder = path.startswith(("/", "./", "../", "~"))
+    if is_folder and not Path(path).expanduser().exists():
+        raise InvalidRequest(f"--model-path {path}: there is no such folder")
+
+
+def _writable(log: Path) -> Path:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.open("ab").close()
+    except OSError as e:
+        raise InvalidRequest(f"--worker-log {log}: {e.strerror}", param="--worker-log") from e
+    return log

@@ -1,0 +1,3 @@
+from sglang_stream.cli import main
+
+main()
