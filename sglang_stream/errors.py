@@ -141,10 +141,7 @@ def from_fields(fields: dict[str, Any], *, status: int = 500) -> StreamError:
     `fields`: what stands under "error" in an answer. `status`: the HTTP status, used to choose a
     class where the code is not ours (an error of SGLang's own, for example).
     """
-    cls = _BY_CODE.get(str(fields.get("code")))
-    if cls is None:
-        cls = next((c for c in (InvalidRequest, *_BY_CODE.values()) if c.status == status), None)
-    cls = cls or (InvalidRequest if 400 <= status < 500 else EngineFailure)
+    cls = _BY_CODE.get(str(fields.get("code"))) or _class_of_status(status)
     expected, retry = fields.get("expected_seq"), fields.get("retry_after")
     return cls(
         str(fields.get("message", "the server gave no reason")),
@@ -152,3 +149,11 @@ def from_fields(fields: dict[str, Any], *, status: int = 500) -> StreamError:
         expected_seq=expected if isinstance(expected, int) else None,
         retry_after=retry if isinstance(retry, int) else None,
     )
+
+
+def _class_of_status(status: int) -> type[StreamError]:
+    """The most general class of an HTTP status."""
+    for cls in _BY_CODE.values():
+        if cls.status == status and cls is not StreamError:
+            return cls
+    return InvalidRequest if 400 <= status < 500 else EngineFailure

@@ -91,7 +91,7 @@ class Session:
         self.seq = seq
 
     def check_seal(self, last_seq: int | None) -> None:
-        """Whether the stream may be sealed with `last_seq` as its last number (None: whatever it is).
+        """Whether the stream may be sealed with `last_seq` as its last number (None: any).
 
         Raises SequenceGap if less has arrived, SequenceConflict if more has, StreamSealed,
         StreamNotFound.

@@ -1,0 +1,76 @@
+"""Counters of a worker's stream support, on SGLang's own `/metrics` page."""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+_LENGTHS = (0, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+
+class EngineMetrics:
+    """`sglang_stream_*` of one scheduler process. SGLang must have set up its collecting directory
+    (`--enable-metrics`) before for them to reach the page."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.open = Gauge(
+            "sglang_stream_open_streams",
+            "Streams that are not sealed yet.",
+            multiprocess_mode="mostrecent",
+            registry=registry,
+        )
+        self.held = Gauge(
+            "sglang_stream_held_tokens",
+            "KV tokens that streams hold, shared prefixes counted for each.",
+            multiprocess_mode="mostrecent",
+            registry=registry,
+        )
+        self.passes = Counter(
+            "sglang_stream_passes", "Passes computed for open streams.", registry=registry
+        )
+        self.pass_tokens = Counter(
+            "sglang_stream_pass_tokens", "Tokens computed in passes.", registry=registry
+        )
+        self.chunks = Counter(
+            "sglang_stream_chunks", "Chunks and updates applied.", registry=registry
+        )
+        self.invalidated = Counter(
+            "sglang_stream_invalidated_tokens",
+            "Tokens whose KV an update made useless.",
+            registry=registry,
+        )
+        self.preemptions = Counter(
+            "sglang_stream_preemptions",
+            "Times that a stream's KV was given up for other requests.",
+            registry=registry,
+        )
+        self.lcp = Histogram(
+            "sglang_stream_lcp_tokens",
+            "Prefix that an update shares with the prompt before.",
+            buckets=_LENGTHS,
+            registry=registry,
+        )
+        self.ttft = Histogram(
+            "sglang_stream_ttft_seconds",
+            "From the seal to the first token, at the scheduler.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+
+class _Silent:
+    """Takes every measurement and keeps none."""
+
+    def inc(self, amount: float = 1) -> None: ...
+
+    def set(self, value: float) -> None: ...
+
+    def observe(self, amount: float) -> None: ...
+
+
+def silent_metrics() -> EngineMetrics:
+    """Metrics for the ranks that only repeat what rank 0 counts already."""
+    metrics = EngineMetrics(CollectorRegistry())
+    for name in vars(metrics):
+        setattr(metrics, name, _Silent())
+    return metrics

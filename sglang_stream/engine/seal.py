@@ -1,0 +1,99 @@
+"""Sealing: a small `/generate` call becomes the stream's real request.
+
+The call carries one placeholder token and, in `sampling_params.custom_params["sglang_stream"]`,
+`{"id": stream id, "last_seq": number or None, "tail": token ids after the context}`. The stream's
+tokens are put in here, inside the scheduler, so nothing large is sent or tokenised at the seal.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import msgspec
+from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+
+from sglang_stream.engine.table import Stream, StreamTable
+from sglang_stream.errors import ContextLengthExceeded, InvalidRequest, Malformed, StreamError
+
+SEAL_KEY = "sglang_stream"
+
+
+class SealCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a `/generate` call says of the stream that it seals."""
+
+    id: str
+    last_seq: int | None = None
+    tail: list[int] = msgspec.field(default_factory=list)
+
+
+def seal_call(request: TokenizedGenerateReqInput) -> SealCall | None:
+    """The seal that a received request asks for; None for an ordinary request. Raises Malformed."""
+    params = request.sampling_params.custom_params
+    if not isinstance(params, dict) or SEAL_KEY not in params:
+        return None
+    try:
+        return msgspec.convert(params[SEAL_KEY], SealCall)
+    except msgspec.ValidationError as e:
+        raise Malformed(f"custom_params.{SEAL_KEY}: {e}") from e
+
+
+def seal(
+    table: StreamTable, call: SealCall, request: TokenizedGenerateReqInput, scheduler: Any
+) -> Stream:
+    """Seals the stream and gives its tokens to `request`; on an error both stay as they were.
+
+    Raises StreamNotFound, StreamSealed, SequenceGap, SequenceConflict, Malformed,
+    ContextLengthExceeded, InvalidRequest.
+    """
+    stream = table.get(call.id)
+    stream.session.check_seal(call.last_seq)
+    vocab_size = scheduler.model_config.vocab_size
+    bad = next((t for t in call.tail if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise Malformed(
+            f"token id {bad} is outside the model's vocabulary (0 to {vocab_size - 1})",
+            param="input_ids",
+        )
+    length = len(stream.tokens) + len(call.tail)
+    params = request.sampling_params
+    params.max_new_tokens = _checked_max_new(length, params.max_new_tokens, scheduler)
+    stream.session.seal()
+    stream.rid = request.rid
+    stream.usage.ready_tokens = stream.held
+    params.custom_params = {k: v for k, v in params.custom_params.items() if k != SEAL_KEY} or None
+    request.input_ids = stream.tokens + array("q", call.tail)
+    return stream
+
+
+def refuse(scheduler: Any, request: TokenizedGenerateReqInput, error: StreamError) -> None:
+    """Answers a seal with an error, which the router finds in `meta_info.finish_reason`.
+
+    `sglang_stream_error` holds the error's fields as JSON: SGLang carries flat reasons only.
+    """
+    reason = {
+        "type": "abort",
+        "message": error.message,
+        "status_code": error.status,
+        "sglang_stream_error": msgspec.json.encode(error.to_fields()).decode(),
+    }
+    abort = AbortReq(rid=request.rid, finished_reason=reason)
+    scheduler.ipc_channels.send_to_tokenizer.send_output(abort, request)
+
+
+def _checked_max_new(length: int, wanted: int | None, scheduler: Any) -> int:
+    """The tokens to generate. SGLang would clip a larger number silently; here it is an error."""
+    context_len = scheduler.model_config.context_len
+    page = scheduler.page_size
+    pool = scheduler.max_total_num_tokens - page - 1
+    room = min(context_len - length, pool - -(-length // page) * page)
+    if length == 0:
+        raise InvalidRequest("the prompt is empty: send a chunk or a question before generating")
+    if room < 1 or (wanted is not None and wanted > room):
+        limit = "the model's context length" if room == context_len - length else "the KV pool"
+        raise ContextLengthExceeded(
+            f"the prompt has {length} tokens and {wanted or 1} are to be generated, together over "
+            f"{limit}: at most {max(room, 0)} can be generated after this prompt",
+            param="max_tokens",
+        )
+    return room if wanted is None else wanted

@@ -1,0 +1,46 @@
+"""Token ids on their way from the wire (int32 bytes) to SGLang (`array("q")`)."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from sglang_stream.errors import Malformed
+
+_BLOCK = 1 << 14
+
+
+def unpack_tokens(raw: bytes, vocab_size: int) -> array[int]:
+    """The ids in `raw`, checked against the vocabulary, which SGLang does not do at this point.
+
+    Raises Malformed for a truncated buffer or an id outside [0, vocab_size).
+    """
+    if len(raw) % 4:
+        raise Malformed(f"token ids come as int32, but {len(raw)} bytes arrived: send them again")
+    ids = np.frombuffer(raw, dtype="<i4")
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        bad = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+        raise Malformed(
+            f"token id {bad} is outside the model's vocabulary (0 to {vocab_size - 1})",
+            param="input_ids",
+        )
+    tokens = array("q")
+    tokens.frombytes(ids.astype(np.int64).tobytes())
+    return tokens
+
+
+def common_prefix(a: array[int], b: array[int]) -> int:
+    """The number of leading ids that `a` and `b` (both `array("q")`) share.
+
+    Compared in blocks, so that an early difference costs little: 128k equal ids take well under
+    100 microseconds.
+    """
+    length = min(len(a), len(b))
+    x, y = np.frombuffer(a, np.int64, length), np.frombuffer(b, np.int64, length)
+    for start in range(0, length, _BLOCK):
+        differs = x[start : start + _BLOCK] != y[start : start + _BLOCK]
+        first = int(differs.argmax())
+        if differs[first]:
+            return start + first
+    return length
