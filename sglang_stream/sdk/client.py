@@ -28,6 +28,7 @@ CONNECT_TIMEOUT_S = 5.0
 ABORT_TIMEOUT_S = 2.0
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 30.0
+_OWN_404 = ("model_not_found", "stream_not_found")
 _PASSING = (429, 502, 503, 504)
 
 _encode = msgspec.json.Encoder().encode
@@ -83,7 +84,7 @@ class AsyncStreamClient:
         response = await self._send("POST", "/v1/streams", body, passing=(404, 405))
         if not response.is_success:
             error = _error_fields(response)
-            if not isinstance(error.get("code"), str):
+            if error.get("code") not in _OWN_404:
                 raise NoStreamsHere(self.base_url)
             raise from_fields(error, status=response.status_code)
         return str(self._decoded(response.content)["id"])

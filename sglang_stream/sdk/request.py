@@ -22,7 +22,7 @@ import httpx
 
 from sglang_stream.errors import SequenceGap, StreamNotFound
 from sglang_stream.sdk.answer import Answer
-from sglang_stream.sdk.client import AsyncStreamClient, NoStreamsHere
+from sglang_stream.sdk.client import ABORT_TIMEOUT_S, AsyncStreamClient, NoStreamsHere
 from sglang_stream.sdk.items import parse_chunk, parse_context
 from sglang_stream.sdk.outbox import AppendOutbox, Call, Outbox, UpdateOutbox
 from sglang_stream.sdk.plan import Plan
@@ -80,7 +80,7 @@ class StreamedRequest:
         """
         async with self._connect() as client:
             try:
-                await self._together(
+                await _together(
                     lambda: self._open_and_send(client),
                     (lambda: self._pull(source)) if source is not None else None,
                 )
@@ -92,30 +92,6 @@ class StreamedRequest:
                 if self._stream_id is not None and not self.finished:
                     with anyio.CancelScope(shield=True):
                         await client.abort(self._stream_id)
-
-    async def _together(self, *steps: Callable[[], Awaitable[None]] | None) -> None:
-        """Runs the steps at once, the last one in this task; the first failure ends the others.
-
-        The failure is raised as it is: the caller's own error must not come in a group.
-        """
-        failures: list[BaseException] = []
-
-        async def run(step: Callable[[], Awaitable[None]]) -> None:
-            try:
-                await step()
-            except anyio.get_cancelled_exc_class():
-                raise
-            except BaseException as e:
-                failures.append(e)
-                group.cancel_scope.cancel()
-
-        *others, last = [step for step in steps if step is not None]
-        async with anyio.create_task_group() as group:
-            for step in others:
-                group.start_soon(run, step)
-            await run(last)
-        if failures:
-            raise failures[0]
 
     async def _pull(self, source: AsyncIterable[Any]) -> None:
         iterator = aiter(source)
@@ -129,7 +105,7 @@ class StreamedRequest:
 
     async def _open_and_send(self, client: AsyncStreamClient) -> None:
         try:
-            self._stream_id = await client.open(self._plan.opening())
+            await self._open(client)
         except NoStreamsHere:
             warnings.warn(
                 f"{client.base_url} has no /v1/streams: all chunks are awaited and sent in one "
@@ -138,6 +114,25 @@ class StreamedRequest:
             )
             self._plain_model = self._plan.model or await _first_model(client)
         await self._send(client)
+
+    async def _open(self, client: AsyncStreamClient) -> None:
+        """Opens the stream. When cancelled it gives the answer a moment to come, so that a stream
+        which the server has opened already can be dropped."""
+        answered = anyio.Event()
+        grace = anyio.CancelScope(shield=True)
+
+        async def call() -> None:
+            with grace:
+                self._stream_id = await client.open(self._plan.opening())
+            answered.set()
+
+        async def wait() -> None:
+            try:
+                await answered.wait()
+            finally:
+                grace.deadline = anyio.current_time() + ABORT_TIMEOUT_S
+
+        await _together(call, wait)
 
     async def _send(self, client: AsyncStreamClient) -> None:
         """Sends what there is until no more can come."""
@@ -174,7 +169,7 @@ class StreamedRequest:
         if self._replays_left < 0:
             raise error
         try:
-            self._stream_id = await client.open(self._plan.opening())
+            await self._open(client)
         except NoStreamsHere:
             raise error from None
         self._outbox.rewind(1)
@@ -210,6 +205,31 @@ class StreamedRequest:
             return self._plan.plain(self._outbox.pieces(), self._plain_model)
         body = self._plan.generation(self._outbox.last_seq, self._request_id)
         return f"/v1/streams/{self._stream_id}/generate", body
+
+
+async def _together(*steps: Callable[[], Awaitable[None]] | None) -> None:
+    """Runs the steps at once, the last one in this task; the first failure ends the others.
+
+    The failure is raised as it is: the caller's own error must not come in a group.
+    """
+    failures: list[BaseException] = []
+
+    async def run(step: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await step()
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as e:
+            failures.append(e)
+            group.cancel_scope.cancel()
+
+    *others, last = [step for step in steps if step is not None]
+    async with anyio.create_task_group() as group:
+        for step in others:
+            group.start_soon(run, step)
+        await run(last)
+    if failures:
+        raise failures[0]
 
 
 async def _first_model(client: AsyncStreamClient) -> str:
