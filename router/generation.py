@@ -1,0 +1,209 @@
+"""One answer being generated: read from the worker into a buffer, from which clients are served.
+
+It belongs to the router, not to a connection: a client that lost its connection before the first
+token comes again with the same request id and reads on from the buffer. When the last reader
+leaves, a generation of which a token was delivered ends at once, another after a grace period.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from router.worker import WorkerEvent
+from sglang_stream.errors import EngineFailure, StreamError
+from sglang_stream.messages import Usage
+
+_decode_ids = msgspec.json.Decoder(list[int]).decode
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one event adds: new text (perhaps none yet) and the ids of new tokens, if wanted."""
+
+    text: str
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a generation ended. `reason` is SGLang's `finish_reason`; `stream` None if unknown."""
+
+    reason: dict[str, Any]
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    stream: Usage | None
+    ttft_ms: float
+
+
+class Increments:
+    """Cuts the worker's events, which may repeat all that was said, into pieces.
+
+    A text that ends in replacement characters is held back: they may be a character whose other
+    bytes are still to come.
+    """
+
+    def __init__(self, incremental: bool, with_ids: bool) -> None:
+        self._incremental = incremental
+        self._with_ids = with_ids
+        self._seen_text = 0
+        self._seen_ids = 0
+        self._held = ""
+
+    def take(self, event: WorkerEvent) -> Piece:
+        text = event.text or ""
+        if not self._incremental:
+            text, self._seen_text = text[self._seen_text :], max(self._seen_text, len(text))
+        text = self._held + text
+        shown = text if event.meta_info.finish_reason else text.rstrip(_REPLACEMENT)
+        self._held = text[len(shown) :]
+        return Piece(shown, self._new_ids(event))
+
+    def _new_ids(self, event: WorkerEvent) -> list[int]:
+        if not self._with_ids:
+            return []
+        ids = _decode_ids(event.output_ids)
+        if not self._incremental:
+            ids, self._seen_ids = ids[self._seen_ids :], max(self._seen_ids, len(ids))
+        return ids
+
+
+class Generation:
+    """The answer to one sealed stream, or to one that is being sealed.
+
+    `arrived_s`: when the call came (`time.perf_counter`). `on_first_token` is given the seconds
+    until the first token and returns the stream's counters. `on_abandoned` is called when nobody
+    will read any more. `delivered`: whether a client was sent a token; `ended`: whether the
+    worker is done with it, in whichever way.
+    """
+
+    def __init__(
+        self,
+        request_id: str | None,
+        arrived_s: float,
+        increments: Increments,
+        grace_s: float,
+        on_first_token: Callable[[float], Awaitable[Usage | None]],
+        on_abandoned: Callable[[], None],
+    ) -> None:
+        self.request_id = request_id
+        self.delivered = False
+        self.outcome: Outcome | None = None
+        self.error: StreamError | None = None
+        self._arrived_s = arrived_s
+        self._increments = increments
+        self._grace_s = grace_s
+        self._on_first_token = on_first_token
+        self._on_abandoned = on_abandoned
+        self._pieces: list[Piece] = []
+        self._changed = asyncio.Event()
+        self._readers = 0
+        self._grace: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.outcome is not None or self.error is not None
+
+    def start(self, events: AsyncIterator[WorkerEvent]) -> None:
+        """Begins to read the worker's events; its errors reach the readers."""
+        self._task = asyncio.create_task(self._run(events))
+
+    def stop(self, error: StreamError) -> None:
+        """Ends it now, also in the worker. Readers get `error`, unless all is there to be read."""
+        if self.outcome is not None and self._readers:
+            return
+        self.error = error
+        if self._task is not None and self.outcome is None:
+            self._task.cancel()
+        if self._grace is not None:
+            self._grace.cancel()
+        self._pieces.clear()
+        self._publish()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """For the time of a client's connection."""
+        self._readers += 1
+        if self._grace is not None:
+            self._grace.cancel()
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            if self._readers == 0:
+                self._left()
+
+    async def started(self) -> None:
+        """Returns with the first token. Raises the error if there is none."""
+        while not self._pieces and not self.ended:
+            await self._changed.wait()
+        if self.error is not None:
+            raise self.error
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """All pieces from the first on, as they come. Raises the error that ended them."""
+        at = 0
+        while True:
+            while at < len(self._pieces):
+                yield self._pieces[at]
+                at += 1
+            if self.error is not None:
+                raise self.error
+            if self.outcome is not None:
+                return
+            await self._changed.wait()
+
+    async def _run(self, events: AsyncIterator[WorkerEvent]) -> None:
+        try:
+            await self._read(events)
+            if self.outcome is None:
+                raise EngineFailure("the worker ended the answer without a reason")
+        except StreamError as e:
+            # After the outcome a lost connection changes nothing any more.
+            if self.outcome is None:
+                self.error = e
+        finally:
+            self._publish()
+
+    async def _read(self, events: AsyncIterator[WorkerEvent]) -> None:
+        ttft_s: float | None = None
+        usage: asyncio.Future[Usage | None] | None = None
+        async with aclosing(events):  # type: ignore[type-var]
+            async for event in events:
+                meta = event.meta_info
+                if ttft_s is None:
+                    ttft_s = time.perf_counter() - self._arrived_s
+                    usage = asyncio.ensure_future(self._on_first_token(ttft_s))
+                self._pieces.append(self._increments.take(event))
+                self._publish()
+                if meta.finish_reason is not None:
+                    assert usage is not None
+                    self.outcome = Outcome(
+                        reason=meta.finish_reason,
+                        prompt_tokens=meta.prompt_tokens,
+                        completion_tokens=meta.completion_tokens,
+                        cached_tokens=meta.cached_tokens,
+                        stream=await usage,
+                        ttft_ms=ttft_s * 1e3,
+                    )
+                    self._publish()
+
+    def _publish(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _left(self) -> None:
+        if self.delivered:
+            self._on_abandoned()
+        else:
+            loop = asyncio.get_running_loop()
+            self._grace = loop.call_later(self._grace_s, self._on_abandoned)

@@ -1,0 +1,127 @@
+"""Questions to one worker over ZeroMQ, and their answers.
+
+    ask -> [call id][question] -> DEALER ... ROUTER of the worker's scheduler
+    answer <- the call id finds who waits
+
+At most `credits` questions are unanswered at once; further ones wait here, first come first
+served. Questions leave in the order in which `ask` was called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from sglang_stream.errors import EngineFailure, WorkerUnavailable, from_fields
+from sglang_stream.messages import (
+    PROTOCOL,
+    Accepted,
+    Answer,
+    Event,
+    Hello,
+    Question,
+    Refused,
+    Status,
+    Welcome,
+    decode_answer,
+    encode,
+)
+
+_CALL_ID_BYTES = 8
+
+
+class Link:
+    """One connection to a worker's chunk socket; made inside a running event loop.
+
+    `timeout_s`: how long a question waits for its answer. It is answered by the scheduler's loop,
+    so a long forward delays it. `heard_s`: the loop's time at which the worker last answered.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # the credits bound what waits to be sent
+        self._socket.connect(endpoint)
+        self._calls = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Answer]] = {}
+        self._credits = asyncio.Semaphore(1)
+        self._closed: str | None = None
+        self._reader = asyncio.create_task(self._read())
+        self.heard_s = time.monotonic()
+
+    async def hello(self, timeout_s: float | None = None) -> Welcome:
+        """Greets the worker; also its heartbeat, and therefore outside the credits.
+
+        Raises WorkerUnavailable without an answer in time or for another protocol.
+        """
+        answer = await self._exchange(Hello(PROTOCOL), timeout_s or self._timeout_s)
+        if not isinstance(answer, Welcome) or answer.protocol != PROTOCOL:
+            reason = answer.message if isinstance(answer, Refused) else "it speaks another protocol"
+            raise WorkerUnavailable(f"the worker does not take this router: {reason}")
+        return answer
+
+    def grant(self, credits: int) -> None:
+        """Sets how many questions may be unanswered; called once, before the first `ask`.
+
+        One is kept for the heartbeat.
+        """
+        self._credits = asyncio.Semaphore(max(1, credits - 1))
+
+    async def ask(self, event: Event) -> Accepted | Status:
+        """The worker's answer to `event`.
+
+        Raises the error with which the worker refuses it; WorkerUnavailable if no answer comes in
+        time (the event may have taken effect) or the link is closed.
+        """
+        async with self._credits:
+            answer = await self._exchange(event, self._timeout_s)
+        if isinstance(answer, Refused):
+            raise from_fields(msgspec.structs.asdict(answer))
+        if not isinstance(answer, Accepted | Status):
+            raise EngineFailure(f"the worker answered with {type(answer).__name__}")
+        return answer
+
+    def close(self, reason: str) -> None:
+        """Ends the link; whoever waits gets WorkerUnavailable with `reason`."""
+        self._closed = reason
+        self._reader.cancel()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(WorkerUnavailable(reason))
+        self._socket.close()
+
+    async def _exchange(self, question: Question, timeout_s: float) -> Answer:
+        if self._closed is not None:
+            raise WorkerUnavailable(self._closed)
+        call = next(self._calls)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting[call] = future
+        try:
+            await self._socket.send_multipart(
+                [call.to_bytes(_CALL_ID_BYTES, "big"), encode(question)]
+            )
+            return await asyncio.wait_for(future, timeout_s)
+        except asyncio.TimeoutError:
+            raise WorkerUnavailable(
+                f"the worker did not answer within {timeout_s:g} s: try again"
+            ) from None
+        finally:
+            del self._waiting[call]
+
+    async def _read(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart()
+            self.heard_s = time.monotonic()
+            future = self._waiting.get(int.from_bytes(frames[0], "big"))
+            if future is None or future.done():
+                continue  # its question has timed out
+            try:
+                future.set_result(decode_answer(frames[-1]))
+            except msgspec.DecodeError as e:
+                future.set_exception(EngineFailure(f"the worker's answer cannot be read: {e}"))

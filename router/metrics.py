@@ -1,0 +1,79 @@
+"""The router's own metrics, `sglang_stream_router_*`; each worker has its own page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6)
+
+
+class RouterMetrics:
+    """The counters of one router, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._open = Gauge(
+            "sglang_stream_router_open_streams", "Streams not yet sealed.", registry=self._registry
+        )
+        self.chunks = Counter(
+            "sglang_stream_router_chunks",
+            "Chunk and context calls that a worker accepted.",
+            registry=self._registry,
+        )
+        self.ttft = Histogram(
+            "sglang_stream_router_ttft_seconds",
+            "From a generate call's arrival to the first token at the router.",
+            buckets=_TTFT_BUCKETS,
+            registry=self._registry,
+        )
+        self.requests = Counter(
+            "sglang_stream_router_requests",
+            "HTTP requests; status 499: the client left before the answer.",
+            ["method", "route", "status"],
+            registry=self._registry,
+        )
+
+    def watch_open_streams(self, count: Callable[[], int]) -> None:
+        self._open.set_function(count)
+
+    def page(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class RequestCounter:
+    """ASGI middleware that counts requests by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: RouterMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 499
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(scope["method"], route, str(status)).inc()

@@ -1,0 +1,206 @@
+"""The bodies of the router's own calls: pydantic models, strict and closed to unknown fields."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from router.errors_http import malformed
+from sglang_stream.errors import Malformed
+from sglang_stream.messages import Mode
+
+Seq = Annotated[int, Field(ge=1, le=2**53)]
+Order = Literal["relevance", "sticky"]
+
+
+class Body(BaseModel):
+    """Base of all bodies."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A message as the chat template takes it; fields besides these two go to the template."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+
+class DocumentBody(Body):
+    id: str | None = None
+    text: str
+
+
+class OpenBody(Body):
+    """POST /v1/streams."""
+
+    model: str | None = None
+    mode: Mode = "append"
+    messages: list[ChatMessage] | None = None
+    preamble: str | None = None
+    prompt: str | None = None
+    input_ids: list[int] | None = None
+    order: Order | None = None
+    idle_timeout_s: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> OpenBody:
+        _exactly_one(messages=self.messages, prompt=self.prompt, input_ids=self.input_ids)
+        if self.preamble is not None and self.messages is None:
+            raise ValueError("'preamble' needs 'messages'")
+        if self.order is not None and self.mode != "update":
+            raise ValueError("'order' needs the mode 'update'")
+        return self
+
+
+class ChunksBody(Body):
+    """POST /v1/streams/{id}/chunks."""
+
+    seq: Seq
+    chunks: Annotated[list[str | DocumentBody], Field(min_length=1)] | None = None
+    input_ids: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChunksBody:
+        _exactly_one(chunks=self.chunks, input_ids=self.input_ids)
+        return self
+
+
+class ContextBody(Body):
+    """PUT /v1/streams/{id}/context."""
+
+    seq: Seq
+    documents: list[str | DocumentBody] | None = None
+    input_ids: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ContextBody:
+        _exactly_one(documents=self.documents, input_ids=self.input_ids)
+        return self
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class JsonSchema(Body):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("'json_schema' belongs to the type 'json_schema' and only to it")
+        return self
+
+
+class GenerateBody(Body):
+    """POST /v1/streams/{id}/generate; the sampling fields are those of SGLang's OpenAI server.
+
+    A field of OpenAI's that is not here is refused rather than ignored.
+    """
+
+    question: str | None = None
+    input_ids: list[int] | None = None
+    last_seq: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+    n: Literal[1] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    stop_regex: str | list[str] | None = None
+    no_stop_trim: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    json_schema: str | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GenerateBody:
+        if self.question is not None and self.input_ids is not None:
+            raise ValueError("give 'question' or 'input_ids', not both")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("give 'max_tokens' or 'max_completion_tokens', not both")
+        if self.top_k == 0:
+            raise ValueError("'top_k' is -1 (off) or at least 1")
+        if self.limit is not None and (self.min_tokens or 0) > self.limit:
+            raise ValueError("'min_tokens' is above 'max_tokens'")
+        grammars = (self.regex, self.ebnf, self.json_schema, self.response_format)
+        if sum(g is not None for g in grammars) > 1:
+            raise ValueError("give one of 'regex', 'ebnf', 'json_schema' and 'response_format'")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens to generate; None: as many as the context takes."""
+        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(model: type[B], body: bytes) -> B:
+    """The body as `model`. Raises Malformed, which names the first field at fault."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as e:
+        raise malformed(e) from None
+
+
+def token_array(ids: list[int], vocab_size: int, param: str = "input_ids") -> array[int]:
+    """The ids as an int32 array. Raises Malformed for one that the model does not have."""
+    try:
+        tokens = array("i", ids)
+    except OverflowError:
+        raise Malformed(f"{param}: a token id is no 32-bit number", param=param) from None
+    if tokens:
+        view = np.frombuffer(tokens, dtype=np.int32)
+        for extreme in (int(view.min()), int(view.max())):
+            if not 0 <= extreme < vocab_size:
+                raise Malformed(
+                    f"{param}: token id {extreme} is outside [0, {vocab_size})", param=param
+                )
+    return tokens
+
+
+def _exactly_one(**fields: object) -> None:
+    given = [name for name, value in fields.items() if value is not None]
+    if len(given) != 1:
+        names = ", ".join(repr(name) for name in fields)
+        raise ValueError(f"give exactly one of {names} ({len(given)} given)")

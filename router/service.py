@@ -1,0 +1,403 @@
+"""What the router does for each stream call, without HTTP.
+
+    open --append|update--> ... --generate--> a Generation, read by `router.answers`
+
+The worker decides whether an event is legal; the router puts prompts together, keeps the calls of
+a stream in order, and knows who generates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from array import array
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import httpx
+
+from router.errors_http import ModelNotFound
+from router.generation import Generation, Increments
+from router.metrics import RouterMetrics
+from router.sampling import sampling_params, seal_params
+from router.schemas import (
+    ChunksBody,
+    ContextBody,
+    DocumentBody,
+    GenerateBody,
+    OpenBody,
+    token_array,
+)
+from router.streams import Placement, Stream, Streams, text_of, unknown
+from router.tokenizer import ModelTexts, load_model_texts
+from router.worker import Worker, WorkerEvent, WorkerInfo
+from sglang_stream.config import RouterConfig
+from sglang_stream.errors import (
+    BodyTooLarge,
+    ContextLengthExceeded,
+    GenerationStarted,
+    Malformed,
+    StreamError,
+    StreamNotFound,
+    StreamSealed,
+    WorkerUnavailable,
+)
+from sglang_stream.messages import Abort, Accepted, Append, Open, Update, Usage, digest, pack_tokens
+from sglang_stream.prompt import Opening
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_S = 1.0
+_TOKENISED_HERE = 4096  # characters, about 1 ms; longer texts go to a thread
+R = TypeVar("R")
+
+
+class StreamService:
+    """The streams of one router with one worker. `run` must be running for calls to succeed."""
+
+    def __init__(
+        self, config: RouterConfig, http: httpx.AsyncClient, metrics: RouterMetrics
+    ) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._texts: ModelTexts | None = None
+        self._background: set[asyncio.Task[Any]] = set()
+        self.streams = Streams(config.max_open_streams)
+        self.worker = Worker(config.worker_url, http, self._adopt)
+        metrics.watch_open_streams(self.streams.open_count)
+
+    async def run(self) -> None:
+        """Watches the worker and drops idle streams, for ever."""
+        watching = asyncio.create_task(self.worker.run())
+        try:
+            while True:
+                await asyncio.sleep(_SWEEP_S)
+                for stream in self.streams.idle(time.monotonic()):
+                    self._drop(stream)
+        finally:
+            for task in (watching, *self._background):
+                task.cancel()
+            await asyncio.gather(watching, *self._background, return_exceptions=True)
+
+    # --- open, append, update -----------------------------------------------------------------
+
+    async def open(self, body: OpenBody) -> Stream:
+        """Opens a stream. Raises ModelNotFound, Malformed, LimitReached and the worker's errors."""
+        info, texts = self.worker.info, self._model_texts()
+        if body.model not in (None, info.model):
+            raise ModelNotFound(
+                f"The model '{body.model}' does not exist: this worker serves '{info.model}'",
+                param="model",
+            )
+        idle_timeout_s = self._idle_timeout_s(body.idle_timeout_s)
+        stream = Stream(
+            mode=body.mode,
+            model=info.model,
+            worker_id=info.worker_id,
+            opening=await self._opening(body, texts, info.vocab_size),
+            order=body.order or "relevance",
+            idle_timeout_s=idle_timeout_s,
+        )
+        self.streams.add(stream)
+        tokens = pack_tokens(stream.opening.tokens)
+        try:
+            answer = await self.worker.ask(Open(stream.id, stream.mode, tokens, idle_timeout_s))
+        except WorkerUnavailable:
+            self._drop(stream)  # the worker may have it although no answer came
+            raise
+        except StreamError:
+            self.streams.forget(stream)
+            raise
+        stream.tokens = answer.tokens
+        stream.touch()
+        return stream
+
+    async def append(self, stream_id: str, body: ChunksBody) -> Accepted:
+        """Adds chunks. Raises StreamNotFound, Malformed, BodyTooLarge and the worker's errors."""
+        stream = self.streams.get(stream_id)
+        async with stream.sending:
+            ids = await self._ids(body.chunks, body.input_ids, self._chunk_ids)
+            packed = pack_tokens(ids)
+            event = Append(stream.id, body.seq, packed, digest(packed))
+            # Sent in this order; the answers need not be waited for one by one.
+            asking = asyncio.create_task(self._tell(stream, event))
+        answer = await asking
+        stream.accepted(body.seq, ids, answer)
+        self._metrics.chunks.inc()
+        return answer
+
+    async def update(self, stream_id: str, body: ContextBody) -> Accepted:
+        """Replaces the context; raises as `append` does."""
+        stream = self.streams.get(stream_id)
+        async with stream.sending:
+            placement: Placement | None = None
+            documents: Sequence[str | DocumentBody] | None = body.documents
+            if body.documents is not None:
+                placement = stream.place(body.seq, body.documents)
+                documents = placement.texts
+            ids = await self._ids(documents, body.input_ids, self._document_ids)
+            packed = pack_tokens(ids)
+            event = Update(stream.id, body.seq, packed, digest(packed))
+            answer = await self._tell(stream, event)
+            stream.accepted(body.seq, ids, answer, placement)
+        self._metrics.chunks.inc()
+        return answer
+
+    # --- generate -----------------------------------------------------------------------------
+
+    async def generate(
+        self, stream_id: str, body: GenerateBody, arrived_s: float
+    ) -> tuple[Stream, Generation, array[int]]:
+        """Seals the stream and starts its generation, or finds the one that `request_id` started.
+
+        Returns the ids after the context, too. Raises StreamNotFound, StreamSealed,
+        GenerationStarted, Malformed, ContextLengthExceeded; the worker's refusal reaches the
+        generation's readers and leaves the stream open.
+        """
+        stream = self.streams.get(stream_id)
+        texts, info = self._model_texts(), self.worker.info
+        async with stream.sending:
+            tail = await self._tail(stream.opening, body, info.vocab_size)
+            if stream.generation is not None:
+                return stream, _joined(stream.generation, body.request_id, stream), tail
+            if stream.state != "open":
+                raise _sealed(stream)
+            room = info.context_len - stream.tokens - len(tail)
+            if room < (body.limit or 1):
+                raise ContextLengthExceeded(
+                    f"the prompt has {stream.tokens + len(tail)} tokens and {body.limit or 1} are "
+                    f"to be generated, together over the model's {info.context_len}: at most "
+                    f"{max(room, 0)} can be generated after this prompt",
+                    param="max_tokens",
+                )
+            generation = Generation(
+                body.request_id,
+                arrived_s,
+                Increments(info.incremental, bool(body.return_token_ids)),
+                self._config.resume_grace_s,
+                on_first_token=lambda ttft_s: self._first_token(stream, ttft_s),
+                on_abandoned=lambda: self._abandoned(stream, generation),
+            )
+            stream.generation = generation
+        defaults = texts.defaults if stream.opening.kind == "chat" else {}
+        params = sampling_params(body, defaults)
+        params["custom_params"] = seal_params(stream.id, body.last_seq, tail)
+        request = {
+            "rid": uuid.uuid4().hex,
+            "input_ids": [0],
+            "stream": True,
+            "sampling_params": params,
+        }
+        generation.start(self._events(stream, request))
+        return stream, generation, tail
+
+    async def _events(self, stream: Stream, request: dict[str, Any]) -> AsyncIterator[WorkerEvent]:
+        """The worker's events, with what they mean for the stream."""
+        try:
+            async with aclosing(self.worker.generate(request)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    ended = event.meta_info.finish_reason is not None
+                    stream.state = "finished" if ended else "sealed"
+                    stream.touch()
+                    yield event
+        except StreamError:
+            if stream.state != "finished":
+                await self._after_failure(stream)
+            raise
+
+    async def _after_failure(self, stream: Stream) -> None:
+        """Asks the worker what a failed generation left: a refused seal leaves the stream open."""
+        try:
+            status = await self.worker.status(stream.id)
+        except StreamNotFound:
+            self.streams.forget(stream)
+            return
+        except WorkerUnavailable:
+            # Not known; the worker will tell when it is asked to seal again.
+            if stream.state == "open":
+                stream.generation = None
+            return
+        stream.state = status.state
+        if status.state == "open":
+            stream.generation = None
+
+    async def _first_token(self, stream: Stream, ttft_s: float) -> Usage | None:
+        self._metrics.ttft.observe(ttft_s)
+        try:
+            stream.usage = (await self.worker.status(stream.id)).usage
+        except StreamError as e:
+            logger.warning("no counters for stream %s: %s", stream.id, e.message)
+            return None
+        return stream.usage
+
+    def _abandoned(self, stream: Stream, generation: Generation) -> None:
+        """Nobody reads the generation any more."""
+        if stream.generation is not generation:
+            return  # its seal was refused and the stream went on without it
+        stream.chunks.clear()
+        if generation.ended:
+            generation.stop(unknown(stream.id))
+        else:
+            self._abort(stream)
+
+    # --- look, delete -------------------------------------------------------------------------
+
+    async def refresh(self, stream_id: str) -> Stream:
+        """The stream, as the worker sees it now. Raises StreamNotFound, WorkerUnavailable."""
+        stream = self.streams.get(stream_id)
+        if stream.state == "aborted":
+            raise unknown(stream_id)
+        try:
+            status = await self.worker.status(stream_id)
+        except StreamNotFound:
+            if stream.state == "finished":
+                return stream
+            self.streams.forget(stream)
+            raise
+        stream.state, stream.usage = status.state, status.usage
+        stream.seq, stream.tokens = status.seq, status.tokens
+        stream.touch()
+        return stream
+
+    async def delete(self, stream_id: str) -> None:
+        """Aborts the stream or its generation. Raises StreamNotFound, WorkerUnavailable."""
+        stream = self.streams.get(stream_id)
+        was_sealed = stream.state != "open"
+        if stream.state == "aborted":
+            self.streams.forget(stream)
+            raise unknown(stream_id)
+        if stream.generation is not None:
+            stream.generation.stop(StreamNotFound(f"stream {stream_id} was deleted"))
+        try:
+            if stream.state != "finished":
+                await self.worker.ask(Abort(stream_id))
+        except StreamNotFound:
+            if not was_sealed:
+                self.streams.forget(stream)
+                raise
+        self.streams.forget(stream)
+
+    # --- helpers ------------------------------------------------------------------------------
+
+    async def _adopt(self, info: WorkerInfo) -> None:
+        """Takes a worker that was found; streams of one before it are gone."""
+        self._texts = await asyncio.to_thread(load_model_texts, info.server)
+        for stream in self.streams.of_other_workers(info.worker_id):
+            self.streams.forget(stream)
+            if stream.generation is not None:
+                stream.generation.stop(unknown(stream.id))
+
+    def _model_texts(self) -> ModelTexts:
+        _ = self.worker.info
+        assert self._texts is not None
+        return self._texts
+
+    async def _tell(self, stream: Stream, event: Append | Update) -> Accepted:
+        try:
+            return await self.worker.ask(event)
+        except StreamNotFound:
+            if stream.state in ("sealed", "finished"):
+                raise _sealed(stream) from None
+            self.streams.forget(stream)
+            raise
+
+    def _idle_timeout_s(self, wanted: float | None) -> float:
+        longest = self._config.max_idle_timeout_s
+        if wanted is not None and wanted > longest:
+            raise Malformed(f"idle_timeout_s is at most {longest:g}", param="idle_timeout_s")
+        return wanted or min(self._config.idle_timeout_s, longest)
+
+    async def _opening(self, body: OpenBody, texts: ModelTexts, vocab_size: int) -> Opening:
+        if body.input_ids is not None:
+            return texts.assembler.open_ids(token_array(body.input_ids, vocab_size))
+        if body.prompt is not None:
+            return await _computed(len(body.prompt), texts.assembler.open_text, body.prompt)
+        messages = [m.model_dump(exclude_unset=True) for m in body.messages or ()]
+        size = len(body.preamble or "") + sum(len(str(m.get("content"))) for m in messages)
+        return await _computed(size, texts.assembler.open_chat, messages, body.preamble)
+
+    async def _tail(self, opening: Opening, body: GenerateBody, vocab_size: int) -> array[int]:
+        assembler = self._model_texts().assembler
+        tail = await _computed(len(body.question or ""), assembler.tail, opening, body.question)
+        if body.input_ids is None:
+            return tail
+        return token_array(body.input_ids, vocab_size) + tail
+
+    async def _ids(
+        self,
+        texts: Sequence[str | DocumentBody] | None,
+        input_ids: list[int] | None,
+        tokenise: Callable[[Sequence[str | DocumentBody]], array[int]],
+    ) -> array[int]:
+        if texts is None:
+            return token_array(input_ids or [], self.worker.info.vocab_size)
+        for text in texts:
+            self._check_size(text_of(text))
+        return await _computed(sum(len(text_of(t)) for t in texts), tokenise, texts)
+
+    def _chunk_ids(self, chunks: Sequence[str | DocumentBody]) -> array[int]:
+        assembler = self._model_texts().assembler
+        ids: array[int] = array("i")
+        for chunk in chunks:
+            plain = isinstance(chunk, str)
+            ids.extend((assembler.chunk if plain else assembler.document)(text_of(chunk)))
+        return ids
+
+    def _document_ids(self, documents: Sequence[str | DocumentBody]) -> array[int]:
+        return self._model_texts().assembler.context([text_of(d) for d in documents])
+
+    def _check_size(self, text: str) -> None:
+        limit = self._config.max_chunk_bytes
+        if len(text) > limit or (len(text) * 4 > limit and len(text.encode()) > limit):
+            raise BodyTooLarge(f"a text of {len(text)} characters: the limit is {limit} bytes")
+
+    def _abort(self, stream: Stream) -> None:
+        """Ends a generation here and in the worker; the record stays, for its 409 answers."""
+        stream.state = "aborted"
+        if stream.generation is not None:
+            stream.generation.stop(unknown(stream.id))
+        self._in_background(self._abort_in_worker(stream))
+
+    def _drop(self, stream: Stream) -> None:
+        """Forgets a stream whose time is up, or that may or may not have opened."""
+        self.streams.forget(stream)
+        if stream.state == "open":
+            self._in_background(self._abort_in_worker(stream))
+
+    async def _abort_in_worker(self, stream: Stream) -> None:
+        with suppress(StreamError):  # what is missed expires
+            await self.worker.ask(Abort(stream.id))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _joined(generation: Generation, request_id: str | None, stream: Stream) -> Generation:
+    """The running generation for a repeated call. Raises what forbids to join it."""
+    if request_id is None or request_id != generation.request_id:
+        raise _sealed(stream)
+    if generation.delivered:
+        raise GenerationStarted(
+            "this generation has already sent tokens to a client: open a new stream"
+        )
+    if generation.error is not None:
+        raise generation.error
+    return generation
+
+
+def _sealed(stream: Stream) -> StreamError:
+    if stream.state == "aborted":
+        return unknown(stream.id)
+    return StreamSealed(f"stream {stream.id} is sealed: open a new one for more context")
+
+
+async def _computed(size: int, work: Callable[..., R], *args: Any) -> R:
+    """`work(*args)`, in a thread if texts of `size` characters would hold up the event loop."""
+    if size <= _TOKENISED_HERE:
+        return work(*args)
+    return await asyncio.to_thread(work, *args)
