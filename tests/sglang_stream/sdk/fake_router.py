@@ -47,6 +47,7 @@ class Seen:
     stream_id: str
     body: dict[str, Any]
     headers: dict[str, str]
+    port: int
 
 
 class FakeRouter:
@@ -98,7 +99,9 @@ class FakeRouter:
         async def handle(request: Request) -> Response:
             raw = await request.body()
             body = json.loads(raw) if raw else {}
-            seen = Seen(kind, request.path_params.get("id", ""), body, dict(request.headers))
+            assert request.client is not None
+            stream_id = request.path_params.get("id", "")
+            seen = Seen(kind, stream_id, body, dict(request.headers), request.client.port)
             with self._changed:
                 self.calls.append(seen)
                 self._changed.notify_all()

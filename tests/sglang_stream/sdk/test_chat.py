@@ -134,6 +134,11 @@ def test_only_the_newest_list_is_sent(router: FakeRouter) -> None:
     assert router.of("generate")[0].body["last_seq"] == 2
 
 
+def test_the_calls_share_one_warm_connection(router: FakeRouter) -> None:
+    list(chat(router, ["a", "b"]))
+    assert len({call.port for call in router.calls}) == 1
+
+
 def test_an_empty_iterable_generates_at_once(router: FakeRouter) -> None:
     stream = chat(router, [], "Q")
     assert "".join(stream) == "Hello, world"
