@@ -49,16 +49,11 @@ class Answer:
         _merge(self._top, {k: v for k, v in event.items() if k != "choices"})
         text = ""
         for part in event.get("choices") or ():
+            # Also without text (half of a character, say): neither our router nor SGLang sends
+            # anything of a choice before its first token.
+            self.has_token = True
             index = part.get("index", 0)
             delta = part.pop("delta", None) or {}
-            # A token may show no text yet (half of a character), but its id or the end tells.
-            self.has_token |= bool(
-                delta.get("content")
-                or delta.get("reasoning_content")
-                or part.get("text")
-                or part.get("token_ids")
-                or part.get("finish_reason")
-            )
             _merge(self._choices.setdefault(index, {"index": index}), part)
             if "text" not in part:
                 _merge(self._choices[index].setdefault("message", {"role": "assistant"}), delta)

@@ -160,12 +160,12 @@ class FakeRouter:
             yield ": the connection ends here\n\n"
             return
         try:
-            if chat:
-                yield _event(top, {"delta": {"role": "assistant", "content": ""}})
+            role = {"role": "assistant"}
             for text in self.text:
                 if self.pace is not None:
                     await asyncio.to_thread(self.pace.acquire, timeout=20)
-                choice = {"delta": {"content": text}} if chat else {"text": text}
+                choice = {"delta": {**role, "content": text}} if chat else {"text": text}
+                role = {}
                 yield _event(top, choice | {"token_ids": [len(text)]})
                 if self.break_answer is not None:
                     yield f"data: {json.dumps({'error': self.break_answer})}\n\n"

@@ -14,12 +14,13 @@ def chunk(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
 
 def test_everything_a_chat_answer_holds_is_put_together() -> None:
     answer = Answer()
+    assert answer.add(chunk([])) == ""
+    assert not answer.has_token
     first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
     assert answer.add(chunk([first], prompt_token_ids=[1, 2])) == ""
-    assert not answer.has_token
+    assert answer.has_token
     thought = {"index": 0, "delta": {"reasoning_content": "hm", "content": None}}
     assert answer.add(chunk([thought])) == ""
-    assert answer.has_token
     for text, token in (("a", 5), ("b", 6)):
         part = {"index": 0, "delta": {"content": text}, "token_ids": [token]}
         part["logprobs"] = {"content": [{"token": text}]}
@@ -42,15 +43,6 @@ def test_everything_a_chat_answer_holds_is_put_together() -> None:
     assert completion["choices"][1]["message"]["content"] == "other"
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == 2
-
-
-def test_a_token_without_text_is_a_token() -> None:
-    answer = Answer()
-    assert answer.add({"choices": [{"index": 0, "text": "", "token_ids": [9]}]}) == ""
-    assert answer.has_token
-    answer = Answer()
-    answer.add({"choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
-    assert answer.has_token
 
 
 def test_errors_are_raised_by_their_code() -> None:
