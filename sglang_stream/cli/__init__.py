@@ -131,8 +131,7 @@ def worker(
 
       sglang-stream worker --model-path ./model --port 30001 --tp 2
 
-    SGLang started by its own command gets stream support from the environment variable
-    SGLANG_STREAM=1 and --radix-cache-backend sglang_stream.
+    SGLang started by its own command gets stream support from SGLANG_STREAM=1 in its environment.
     """
     from sglang_stream.cli.worker import has_accelerator, worker_command
 

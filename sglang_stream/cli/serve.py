@@ -15,13 +15,16 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sglang_stream.cli.ports import reachable_url
 from sglang_stream.cli.processes import Service, supervise
-from sglang_stream.cli.worker import worker_command
+from sglang_stream.cli.worker import gives, worker_command
 from sglang_stream.config import EngineConfig, RouterConfig
+from sglang_stream.errors import InvalidRequest
 
 # SGLang looks for its SIGTERM every 5 s and then gives its schedulers 15 s to end.
 WORKER_GRACE_S = 30.0
-# Answers that are being written when the router is told to stop may be finished for so long.
-ROUTER_GRACE_S = 30.0
+# The router lets answers that are being written end for 30 s, then ends by itself.
+ROUTER_GRACE_S = 40.0
+# SGLang's flags that change how its server is reached, which between the two is our affair.
+REFUSED_FLAGS = ("--api-key", "--admin-api-key", "--ssl-keyfile", "--ssl-certfile")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,17 @@ class ServePlan:
 def services(
     plan: ServePlan, environment: Mapping[str, str], *, accelerator: bool
 ) -> list[Service]:
-    """The worker and the router of `plan`, in the order in which they start."""
+    """The worker and the router of `plan`, in the order in which they start.
+
+    Raises InvalidRequest for a flag of SGLang that cannot be used here.
+    """
+    for flag in REFUSED_FLAGS:
+        if gives(plan.sglang_flags, flag):
+            raise InvalidRequest(
+                f"{flag} is not supported by serve: its worker is reached from this machine only, "
+                "so protect the router's address instead",
+                param=flag,
+            )
     host, _, port = plan.router.worker_url.removeprefix("http://").rpartition(":")
     argv, additions = worker_command(
         plan.model_path,
@@ -74,7 +87,8 @@ def router_command(config: RouterConfig) -> list[str]:
 
 
 async def serve(plan: ServePlan, environment: Mapping[str, str], *, accelerator: bool) -> None:
-    """Serves until a signal asks to stop. Raises WorkerUnavailable as `supervise` does."""
+    """Serves until a signal asks to stop. Raises as `services` and `supervise` do."""
+    needed = services(plan, environment, accelerator=accelerator)
     console = Console(stderr=True, highlight=False)
     console.print(f"The worker's log is {plan.worker_log}", soft_wrap=True)
     with _steps(console) as steps:
@@ -84,7 +98,7 @@ async def serve(plan: ServePlan, environment: Mapping[str, str], *, accelerator:
             print(ready_text(plan.router), flush=True)
 
         await supervise(
-            services(plan, environment, accelerator=accelerator),
+            needed,
             start_timeout_s=plan.start_timeout_s,
             say=steps.say,
             on_ready=announce,

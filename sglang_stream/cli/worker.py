@@ -20,17 +20,19 @@ def worker_command(
 ) -> tuple[list[str], dict[str, str]]:
     """What to run and what to add to its environment, for one worker.
 
-    `sglang_flags` are handed on as they are; what they do not choose themselves is added: our
-    prefix cache, and on a machine without an `accelerator` the device `cpu`, where an idle
-    scheduler must sleep, since it would take a core from the others otherwise.
+    `sglang_flags` are handed on as they are; what they do not choose themselves is added. That is
+    our prefix cache: the plugin would choose it too, but a plugin that SGLang failed to load
+    would be missed in silence, while an unknown cache is refused. And on a machine without an
+    `accelerator` it is the device `cpu`, where an idle scheduler must sleep, since it would take
+    a core from the others otherwise.
     """
     argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", model_path]
     argv += sglang_flags
-    if not _gives(sglang_flags, "--radix-cache-backend"):
+    if not gives(sglang_flags, "--radix-cache-backend"):
         argv += ["--radix-cache-backend", RADIX_CACHE_BACKEND]
-    if not accelerator and not _gives(sglang_flags, "--device"):
+    if not accelerator and not gives(sglang_flags, "--device"):
         argv += ["--device", "cpu"]
-        if not _gives(sglang_flags, "--sleep-on-idle"):
+        if not gives(sglang_flags, "--sleep-on-idle"):
             argv.append("--sleep-on-idle")
     return argv, {ENGINE_VARIABLE: engine.to_json()}
 
@@ -42,5 +44,6 @@ def has_accelerator(environment: Mapping[str, str], devices: Path = Path("/dev")
     return any(found for pattern in _ACCELERATOR_FILES for found in devices.glob(pattern))
 
 
-def _gives(flags: Sequence[str], name: str) -> bool:
+def gives(flags: Sequence[str], name: str) -> bool:
+    """Whether a command line has the flag `name`."""
     return any(flag == name or flag.startswith(f"{name}=") for flag in flags)
