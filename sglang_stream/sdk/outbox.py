@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from sglang_stream.sdk.items import Ids, Piece, Texts
 
-GATHERED_CHARACTERS = 1 << 20
+GATHERED_CHARACTERS = 1 << 18
 """Pending chunks are put into one call up to this many characters (token ids count as 4)."""
 
 

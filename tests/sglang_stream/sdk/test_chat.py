@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -195,6 +196,23 @@ def test_ctrl_c_in_the_producer_drops_the_stream(router: FakeRouter) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         list(chat(router, chunks()))
+    assert router.streams == {}
+    assert no_threads_left()
+
+
+def test_ctrl_c_while_the_first_token_is_waited_for(router: FakeRouter) -> None:
+    router.pace = threading.Semaphore(0)
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        router.wait_for(lambda: router.of("generate"))
+        signal.pthread_kill(main, signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        list(chat(router, ["a"]))
+    interrupting.join()
     assert router.streams == {}
     assert no_threads_left()
 
