@@ -45,6 +45,7 @@ class GenerationAnswer(Response):
     def __init__(
         self, generation: Generation, form: AnswerFormat, *, stream: bool, include_usage: bool
     ) -> None:
+        super().__init__()
         self._generation = generation
         self._form = form
         self._stream = stream

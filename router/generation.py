@@ -54,18 +54,17 @@ class Increments:
     def __init__(self, incremental: bool, with_ids: bool) -> None:
         self._incremental = incremental
         self._with_ids = with_ids
-        self._seen_text = 0
+        self._shown = 0
         self._seen_ids = 0
         self._held = ""
 
     def take(self, event: WorkerEvent) -> Piece:
         text = event.text or ""
-        if not self._incremental:
-            text, self._seen_text = text[self._seen_text :], max(self._seen_text, len(text))
-        text = self._held + text
-        shown = text if event.meta_info.finish_reason else text.rstrip(_REPLACEMENT)
-        self._held = text[len(shown) :]
-        return Piece(shown, self._new_ids(event))
+        text = self._held + text if self._incremental else text[self._shown :]
+        piece = text if event.meta_info.finish_reason else text.rstrip(_REPLACEMENT)
+        self._held = text[len(piece) :]
+        self._shown += len(piece)
+        return Piece(piece, self._new_ids(event))
 
     def _new_ids(self, event: WorkerEvent) -> list[int]:
         if not self._with_ids:

@@ -50,6 +50,7 @@ class ForwardedAnswer(Response):
     def __init__(
         self, http: httpx.AsyncClient, worker_url: str, request: Request, body: bytes
     ) -> None:
+        super().__init__()
         self._http = http
         self._worker_url = worker_url
         query = f"?{request.url.query}" if request.url.query else ""

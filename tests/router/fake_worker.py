@@ -1,0 +1,273 @@
+"""A worker for the router's tests: the real rules of a stream, and answers from a script.
+
+It runs in a thread: a ZeroMQ ROUTER socket that applies `Session`, and the few HTTP calls of
+SGLang's that the router makes. Every step of an answer can be held back until the test lets go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from array import array
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvicorn
+import zmq
+import zmq.asyncio
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+
+from sglang_stream import messages as m
+from sglang_stream.errors import StreamError, StreamNotFound
+from sglang_stream.session import Session, Verdict
+
+USAGE = m.Usage(chunks=3, updates=1, lcp_tokens=7, computed_tokens=11, ready_tokens=10)
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """`app` on a free port, in a thread; its URL."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1)
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        threading.Event().wait(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+@dataclass
+class FakeStream:
+    session: Session
+    opening: array[int]
+    chunks: list[array[int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> array[int]:
+        return sum(self.chunks, array("i", self.opening))
+
+
+@dataclass
+class FakeWorker:
+    """What a test sets and what it finds afterwards.
+
+    `script`: the cumulative texts of an answer, one event each; `gates[i]` holds event i back.
+    `finish`: the reason of the last event. `answers`: whether the socket answers at all.
+    """
+
+    tokenizer: Path
+    script: list[str] = field(default_factory=lambda: ["Hel", "Hello", "Hello there"])
+    finish: dict[str, Any] = field(default_factory=lambda: {"type": "stop", "matched": 2})
+    gates: dict[int, threading.Event] = field(default_factory=dict)
+    incremental: bool = False
+    supported: bool = True
+    answers: bool = True
+    context_len: int = 1000
+    worker_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    flush_status: int = 200
+    refusal: StreamError | None = None
+    streams: dict[str, FakeStream] = field(default_factory=dict)
+    forgotten: bool = False
+    seals: list[dict[str, Any]] = field(default_factory=list)
+    forwarded: list[dict[str, Any]] = field(default_factory=list)
+    flushes: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+    events: list[m.Event] = field(default_factory=list)
+    endpoint: str = ""
+
+    def app(self) -> FastAPI:
+        @asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            context = zmq.asyncio.Context()
+            socket = context.socket(zmq.ROUTER)
+            port = socket.bind_to_random_port("tcp://127.0.0.1")
+            self.endpoint = f"tcp://127.0.0.1:{port}"
+            answering = asyncio.create_task(self._answer_all(socket))
+            yield
+            answering.cancel()
+            for gate in self.gates.values():
+                gate.set()
+            socket.close(linger=0)
+            context.term()
+
+        app = FastAPI(lifespan=lifespan)
+        app.add_api_route("/health", lambda: Response(), methods=["GET"])
+        app.add_api_route("/model_info", lambda: {}, methods=["GET"])
+        app.add_api_route("/server_info", self._server_info, methods=["GET"])
+        app.add_api_route("/v1/models", self._models, methods=["GET"])
+        app.add_api_route("/flush_cache", self._flush, methods=["POST"])
+        app.add_api_route("/generate", self._generate, methods=["POST"])
+        app.add_api_route("/v1/chat/completions", self._forwarded, methods=["POST"])
+        app.add_api_route("/v1/completions", self._forwarded, methods=["POST"])
+        return app
+
+    # --- ZeroMQ ---------------------------------------------------------------------------------
+
+    async def _answer_all(self, socket: Any) -> None:
+        while True:
+            peer, call_id, payload = await socket.recv_multipart()
+            if not self.answers:
+                continue
+            try:
+                answer = self._answer(m.decode_question(payload))
+            except StreamError as e:
+                answer = m.Refused(e.code, e.message, e.param, e.expected_seq, e.retry_after)
+            await socket.send_multipart([peer, call_id, m.encode(answer)])
+
+    def _answer(self, question: m.Question) -> m.Answer:
+        if isinstance(question, m.Hello):
+            return m.Welcome(m.PROTOCOL, self.worker_id, self.context_len, 300, 1, 8)
+        self.events.append(question)
+        if isinstance(question, m.Open):
+            if self.refusal is not None:
+                raise self.refusal
+            session = Session(question.stream_id, question.mode)
+            opening = array("i", question.tokens)
+            self.streams[question.stream_id] = FakeStream(session, opening)
+            return m.Accepted(0, len(opening))
+        stream = self.streams.get(question.stream_id)
+        if stream is None:
+            raise StreamNotFound(f"stream {question.stream_id} is unknown")
+        match question:
+            case m.Query():
+                session = stream.session
+                length = len(stream.tokens)
+                return m.Status(
+                    session.stream_id, session.mode, session.state, session.seq, length, USAGE
+                )
+            case m.Abort():
+                del self.streams[question.stream_id]
+                return m.Accepted(stream.session.seq, 0)
+            case m.Append() | m.Update():
+                return self._apply(stream, question)
+        raise AssertionError(question)
+
+    def _apply(self, stream: FakeStream, event: m.Append | m.Update) -> m.Accepted:
+        if self.refusal is not None:
+            raise self.refusal
+        kind = "append" if isinstance(event, m.Append) else "update"
+        verdict = stream.session.check(kind, event.seq, event.digest)  # type: ignore[arg-type]
+        if verdict is Verdict.APPLY:
+            stream.session.record(event.seq, event.digest)
+            ids = array("i", event.tokens)
+            stream.chunks = [*stream.chunks, ids] if kind == "append" else [ids]
+        return m.Accepted(event.seq, len(stream.tokens), 5 if kind == "update" else 0)
+
+    # --- HTTP -----------------------------------------------------------------------------------
+
+    async def _server_info(self) -> dict[str, Any]:
+        state = {"endpoint": self.endpoint, "worker_id": self.worker_id}
+        return {
+            "tokenizer_path": str(self.tokenizer),
+            "model_path": str(self.tokenizer),
+            "incremental_streaming_output": self.incremental,
+            "internal_states": [{"sglang_stream": state} if self.supported else {}],
+        }
+
+    async def _models(self) -> dict[str, Any]:
+        card = {"id": "tiny", "object": "model", "max_model_len": self.context_len}
+        return {"object": "list", "data": [card]}
+
+    async def _flush(self, request: Request) -> Response:
+        self.flushes.append(request.url.query)
+        return Response("busy" if self.flush_status != 200 else "done", self.flush_status)
+
+    async def _generate(self, request: Request) -> Response:
+        body = await request.json()
+        call = msgspec.json.decode(body["sampling_params"]["custom_params"]["sglang_stream"])
+        self.seals.append({**body, "call": call})
+        return StreamingResponse(self._spoken(body["rid"], call), media_type="text/event-stream")
+
+    async def _spoken(self, rid: str, call: dict[str, Any]) -> AsyncIterator[bytes]:
+        try:
+            await self._pass(-1)
+            try:
+                stream = self.streams.get(call["id"])
+                if stream is None:
+                    raise StreamNotFound(f"stream {call['id']} is unknown")
+                stream.session.check_seal(call["last_seq"])
+            except StreamError as e:
+                yield _refused(e)
+                return
+            stream.session.seal()
+            async for event in self._events(len(stream.tokens) + len(call["tail"])):
+                yield event
+            stream.session.finish()
+            yield b"data: [DONE]\n\n"
+        except asyncio.CancelledError:
+            self.cut.append(rid)
+            raise
+
+    async def _events(self, prompt_tokens: int) -> AsyncIterator[bytes]:
+        said = ""
+        for i, text in enumerate(self.script):
+            await self._pass(i)
+            last = i == len(self.script) - 1
+            first_new = i if self.incremental else 0
+            meta = {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": i + 1,
+                "cached_tokens": 4,
+                "finish_reason": self.finish if last else None,
+            }
+            new = text[len(said) :] if self.incremental else text
+            ids = list(range(100 + first_new, 101 + i))
+            said = text
+            yield _sse({"text": new, "output_ids": ids, "meta_info": meta})
+
+    async def _forwarded(self, request: Request) -> Response:
+        body = await request.json()
+        self.forwarded.append({"headers": dict(request.headers), "body": body})
+        if body.get("bad"):
+            return Response(b'{"object":"error"}', 400, {"X-Kept": "yes"}, "application/json")
+        if not body.get("stream"):
+            try:
+                await self._pass(0)
+            except asyncio.CancelledError:
+                self.cut.append("plain")
+                raise
+            return Response(b'{"ok":true}', media_type="application/json")
+
+        async def events() -> AsyncIterator[bytes]:
+            try:
+                for i in range(3):
+                    await self._pass(i)
+                    yield b"data: %d\n\n" % i
+            except asyncio.CancelledError:
+                self.cut.append("plain")
+                raise
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def _pass(self, step: int) -> None:
+        gate = self.gates.get(step)
+        while gate is not None and not gate.is_set():
+            await asyncio.sleep(0.002)
+
+
+def _sse(content: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def _refused(error: StreamError) -> bytes:
+    reason = {
+        "type": "abort",
+        "message": error.message,
+        "status_code": error.status,
+        "sglang_stream_error": msgspec.json.encode(error.to_fields()).decode(),
+    }
+    return _sse({"text": "", "output_ids": [], "meta_info": {"finish_reason": reason}})
