@@ -205,8 +205,10 @@ def tiny_model(
     _require("server", "transformers", "torch")
     from sglang_stream.engine.cpu.tiny_model import build_tiny_model
 
-    build_tiny_model(folder, seed=seed)
-    print(folder)
+    try:
+        print(build_tiny_model(folder, seed=seed))
+    except OSError as e:
+        raise InvalidRequest(f"{folder} cannot be written ({e.strerror})", param="folder") from e
 
 
 def demo(ctx: typer.Context) -> None:
