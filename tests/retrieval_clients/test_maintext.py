@@ -19,7 +19,8 @@ def test_the_package_does_not_load_what_only_the_extra_brings() -> None:
 
 
 def test_title_and_text() -> None:
-    html = "<html><head><title> Two\n words </title></head><body><p>Some text.</p></body></html>"
+    head = "<head><title> Two\n words </title></head>"
+    html = f"<html>{head}<body><p>Some&nbsp;text.</p></body></html>"
     assert main_text(html) == MainText("Two words", "Some text.")
 
 
