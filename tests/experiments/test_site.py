@@ -185,7 +185,7 @@ class TestServing:
     def test_a_crawl_sees_the_pages_in_order_at_their_times(
         self, pages: tuple[SitePage, ...]
     ) -> None:
-        delays = [0.1 + 0.15 * i for i in range(12)]
+        delays = [0.25 * (i + 1) for i in range(12)]
 
         async def run(urls: tuple[str, ...]) -> list[Page]:
             return [p async for p in crawl(urls, CrawlSettings(concurrency=12))]
@@ -203,7 +203,7 @@ class TestServing:
         async def run(urls: list[str]) -> list[str]:
             return [p.url async for p in crawl(urls, CrawlSettings(concurrency=6))]
 
-        with serve_site(made, [0.1 * (i + 1) for i in range(6)]) as served:
+        with serve_site(made, [0.25 * (i + 1) for i in range(6)]) as served:
             assert asyncio.run(run(list(reversed(served.urls)))) == list(served.urls)
 
     def test_robots_and_unknown_pages(self) -> None:
