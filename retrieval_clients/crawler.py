@@ -79,7 +79,7 @@ class PageError:
 
 
 class Crawl:
-    """A crawl in progress: an async iterator of its pages, and an async context manager.
+    """A crawl: an async iterable of its pages, and an async context manager.
 
     It begins with the first item asked for and can be gone through once, by one task. Leaving the
     context, `aclose()`, or cancelling the task that waits for an item stops it and closes all
@@ -88,21 +88,15 @@ class Crawl:
 
     def __init__(self, urls: Iterable[str], settings: CrawlSettings) -> None:
         self._items = _crawl(urls, settings)
+        self._pages = _pages(self._items)
+
+    def __aiter__(self) -> AsyncGenerator[Page, None]:
+        """The pages, each as soon as it is complete. Errors are logged as warnings."""
+        return self._pages
 
     def items(self) -> AsyncGenerator[Page | PageError, None]:
         """Pages and errors, each as soon as it is complete."""
         return self._items
-
-    def __aiter__(self) -> Crawl:
-        return self
-
-    async def __anext__(self) -> Page:
-        """The next page. Errors on the way are logged as warnings."""
-        async for item in self._items:
-            if isinstance(item, Page):
-                return item
-            logger.warning("skipped %s: %s (%s)", item.url, item.detail, item.reason)
-        raise StopAsyncIteration
 
     async def __aenter__(self) -> Crawl:
         return self
@@ -117,6 +111,7 @@ class Crawl:
 
     async def aclose(self) -> None:
         """Stops the crawl; without effect when it has ended."""
+        await self._pages.aclose()
         await self._items.aclose()
 
 
@@ -133,6 +128,17 @@ def crawl(urls: Iterable[str], settings: CrawlSettings | None = None) -> Crawl:
         raise TypeError("urls must be an iterable of URLs, not one text: write crawl([url])")
     require_crawler_extra()
     return Crawl(urls, settings or CrawlSettings())
+
+
+async def _pages(items: AsyncGenerator[Page | PageError, None]) -> AsyncGenerator[Page, None]:
+    try:
+        async for item in items:
+            if isinstance(item, Page):
+                yield item
+            else:
+                logger.warning("skipped %s: %s (%s)", item.url, item.detail, item.reason)
+    finally:
+        await items.aclose()
 
 
 async def _crawl(

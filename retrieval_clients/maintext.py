@@ -72,11 +72,14 @@ def decode(body: bytes, charset: str | None) -> str:
     for declared in (charset, meta and meta[1].decode("ascii", "replace")):
         if declared:
             try:
-                return body.decode(declared, errors="replace")
+                text = body.decode(declared, errors="replace")
+                text.encode()
             except (LookupError, ValueError):
                 # LookupError: unknown, or no text encoding ("hex"). ValueError: one that does not
-                # know how to replace ("idna").
+                # know how to replace ("idna"), or that lets halves of surrogate pairs through
+                # ("utf-7"), which no tokenizer takes.
                 continue
+            return text
     try:
         return body.decode()
     except UnicodeDecodeError:

@@ -55,7 +55,7 @@ def test_a_page_is_a_chunk_with_title_text_and_times(web: Web) -> None:
 
 def test_pages_come_in_the_order_of_arrival(web: Web) -> None:
     async def run() -> list[str]:
-        found = crawl([web.url("/slow"), web.url("/fast")], QUICK)
+        found = aiter(crawl([web.url("/slow"), web.url("/fast")], QUICK))
         first = await anext(found)
         web.release.set()
         return [first.url, *[p.url async for p in found]]
@@ -122,7 +122,7 @@ def test_an_exception_from_the_urls_comes_after_the_pages_begun(web: Web) -> Non
         raise RuntimeError("no more")
 
     async def run() -> list[str]:
-        found = crawl(urls(), QUICK)
+        found = aiter(crawl(urls(), QUICK))
         first = await anext(found)
         with pytest.raises(RuntimeError, match="no more"):
             await anext(found)
@@ -396,10 +396,9 @@ class TestStopping:
     def test_leaving_the_context(self, web: Web) -> None:
         async def run() -> None:
             async with crawl(self.endless(web), self.settings) as found:
-                await anext(found)
+                await anext(aiter(found))
             await self.alone()
-            with pytest.raises(StopAsyncIteration):
-                await anext(found)
+            assert [p async for p in found] == []
             self.all_gone(web)
 
         asyncio.run(run())
@@ -417,13 +416,25 @@ class TestStopping:
 
     def test_cancelling_the_consumer(self, web: Web) -> None:
         async def run() -> None:
-            found = crawl(self.endless(web), self.settings)
+            found = aiter(crawl(self.endless(web), self.settings))
             await anext(found)
             waiting = asyncio.create_task(anext(found))
             await asyncio.sleep(0)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
+            await self.alone()
+            self.all_gone(web)
+
+        asyncio.run(run())
+
+    def test_closing_what_an_async_for_goes_through(self, web: Web) -> None:
+        """As the SDK does, which is given the crawl and not its context."""
+
+        async def run() -> None:
+            pages = aiter(crawl(self.endless(web), self.settings))
+            await anext(pages)
+            await pages.aclose()
             await self.alone()
             self.all_gone(web)
 

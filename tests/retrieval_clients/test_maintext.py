@@ -55,6 +55,7 @@ def test_nothing_to_read(html: str) -> None:
         ("ё".encode(), "hex", "ё"),
         ("ё".encode(), "idna", "ё"),
         ("ё".encode(), "a\0b", "ё"),
+        (b"+2AA-", "utf-7", "+2AA-"),
         (b"a\xff", "utf-8", "a\ufffd"),
         (b"", None, ""),
     ],
