@@ -13,7 +13,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from router.errors_http import error_response, json_response
-from router.generation import Generation, Piece
+from router.generation import Generation
 from router.openai_format import AnswerFormat
 from router.sse import DONE, sse_event
 from sglang_stream.errors import StreamError
@@ -86,7 +86,7 @@ class GenerationAnswer(Response):
             async for piece in self._generation.pieces():
                 if first or piece.text or piece.ids:
                     await _send_body(send, sse_event(self._form.chunk(piece, first)))
-                    self._note_delivered(piece)
+                    self._generation.delivered = True
                     first = False
         except StreamError as e:
             await _send_body(send, sse_event({"error": e.to_fields()}), last=True)
@@ -97,11 +97,6 @@ class GenerationAnswer(Response):
         if self._include_usage:
             end += sse_event(self._form.usage_chunk(outcome))
         await _send_body(send, end + DONE, last=True)
-        self._generation.delivered = True
-
-    def _note_delivered(self, piece: Piece) -> None:
-        """An event without text and ids tells a client nothing: it may still come again."""
-        self._generation.delivered |= bool(piece.text or piece.ids)
 
 
 async def _send_body(send: Send, body: bytes, *, last: bool = False) -> None:

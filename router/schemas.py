@@ -41,6 +41,10 @@ class DocumentBody(Body):
     text: str
 
 
+def text_of(document: str | DocumentBody) -> str:
+    return document if isinstance(document, str) else document.text
+
+
 class OpenBody(Body):
     """POST /v1/streams."""
 
@@ -183,10 +187,11 @@ def parse(model: type[B], body: bytes) -> B:
         raise malformed(e) from None
 
 
-def token_array(ids: list[int], vocab_size: int, param: str = "input_ids") -> array[int]:
+def token_array(input_ids: list[int], vocab_size: int) -> array[int]:
     """The ids as an int32 array. Raises Malformed for one that the model does not have."""
+    param = "input_ids"
     try:
-        tokens = array("i", ids)
+        tokens = array("i", input_ids)
     except OverflowError:
         raise Malformed(f"{param}: a token id is no 32-bit number", param=param) from None
     if tokens:

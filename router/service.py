@@ -13,30 +13,23 @@ import logging
 import time
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
 from router.errors_http import ModelNotFound
 from router.generation import Generation, Increments
 from router.metrics import RouterMetrics
+from router.prompts import PromptBuilder
 from router.sampling import sampling_params, seal_params
-from router.schemas import (
-    ChunksBody,
-    ContextBody,
-    DocumentBody,
-    GenerateBody,
-    OpenBody,
-    token_array,
-)
-from router.streams import Placement, Stream, Streams, text_of, unknown
-from router.tokenizer import ModelTexts, load_model_texts
+from router.schemas import ChunksBody, ContextBody, GenerateBody, OpenBody
+from router.streams import Placement, Stream, Streams, unknown
+from router.tokenizer import load_model_texts
 from router.worker import Worker, WorkerEvent, WorkerInfo
 from sglang_stream.config import RouterConfig
 from sglang_stream.errors import (
-    BodyTooLarge,
     ContextLengthExceeded,
     GenerationStarted,
     Malformed,
@@ -46,13 +39,10 @@ from sglang_stream.errors import (
     WorkerUnavailable,
 )
 from sglang_stream.messages import Abort, Accepted, Append, Open, Update, Usage, digest, pack_tokens
-from sglang_stream.prompt import Opening
 
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
-_TOKENISED_HERE = 4096  # characters, about 1 ms; longer texts go to a thread
-R = TypeVar("R")
 
 
 class StreamService:
@@ -63,7 +53,7 @@ class StreamService:
     ) -> None:
         self._config = config
         self._metrics = metrics
-        self._texts: ModelTexts | None = None
+        self._prompts: PromptBuilder | None = None
         self._background: set[asyncio.Task[Any]] = set()
         self.streams = Streams(config.max_open_streams)
         self.worker = Worker(config.worker_url, http, self._adopt)
@@ -86,7 +76,7 @@ class StreamService:
 
     async def open(self, body: OpenBody) -> Stream:
         """Opens a stream. Raises ModelNotFound, Malformed, LimitReached and the worker's errors."""
-        info, texts = self.worker.info, self._model_texts()
+        info, prompts = self._ready()
         if body.model not in (None, info.model):
             raise ModelNotFound(
                 f"The model '{body.model}' does not exist: this worker serves '{info.model}'",
@@ -97,7 +87,7 @@ class StreamService:
             mode=body.mode,
             model=info.model,
             worker_id=info.worker_id,
-            opening=await self._opening(body, texts, info.vocab_size),
+            opening=await prompts.opening(body),
             order=body.order or "relevance",
             idle_timeout_s=idle_timeout_s,
         )
@@ -118,8 +108,9 @@ class StreamService:
     async def append(self, stream_id: str, body: ChunksBody) -> Accepted:
         """Adds chunks. Raises StreamNotFound, Malformed, BodyTooLarge and the worker's errors."""
         stream = self.streams.get(stream_id)
+        _, prompts = self._ready()
         async with stream.sending:
-            ids = await self._ids(body.chunks, body.input_ids, self._chunk_ids)
+            ids = await prompts.chunks(body)
             packed = pack_tokens(ids)
             event = Append(stream.id, body.seq, packed, digest(packed))
             # Sent in this order; the answers need not be waited for one by one.
@@ -132,13 +123,14 @@ class StreamService:
     async def update(self, stream_id: str, body: ContextBody) -> Accepted:
         """Replaces the context; raises as `append` does."""
         stream = self.streams.get(stream_id)
+        _, prompts = self._ready()
         async with stream.sending:
             placement: Placement | None = None
-            documents: Sequence[str | DocumentBody] | None = body.documents
-            if body.documents is not None:
+            if body.documents is None:
+                ids = prompts.context(body.input_ids or [])
+            else:
                 placement = stream.place(body.seq, body.documents)
-                documents = placement.texts
-            ids = await self._ids(documents, body.input_ids, self._document_ids)
+                ids = await prompts.documents(placement.texts)
             packed = pack_tokens(ids)
             event = Update(stream.id, body.seq, packed, digest(packed))
             answer = await self._tell(stream, event)
@@ -158,9 +150,9 @@ class StreamService:
         generation's readers and leaves the stream open.
         """
         stream = self.streams.get(stream_id)
-        texts, info = self._model_texts(), self.worker.info
+        info, prompts = self._ready()
         async with stream.sending:
-            tail = await self._tail(stream.opening, body, info.vocab_size)
+            tail = await prompts.tail(stream.opening, body)
             if stream.generation is not None:
                 return stream, _joined(stream.generation, body.request_id, stream), tail
             if stream.state != "open":
@@ -182,8 +174,7 @@ class StreamService:
                 on_abandoned=lambda: self._abandoned(stream, generation),
             )
             stream.generation = generation
-        defaults = texts.defaults if stream.opening.kind == "chat" else {}
-        params = sampling_params(body, defaults)
+        params = sampling_params(body, prompts.defaults(stream.opening))
         params["custom_params"] = seal_params(stream.id, body.last_seq, tail)
         request = {
             "rid": uuid.uuid4().hex,
@@ -284,16 +275,17 @@ class StreamService:
 
     async def _adopt(self, info: WorkerInfo) -> None:
         """Takes a worker that was found; streams of one before it are gone."""
-        self._texts = await asyncio.to_thread(load_model_texts, info.server)
+        model = await asyncio.to_thread(load_model_texts, info.server)
+        self._prompts = PromptBuilder(model, info.vocab_size, self._config.max_chunk_bytes)
         for stream in self.streams.of_other_workers(info.worker_id):
             self.streams.forget(stream)
             if stream.generation is not None:
                 stream.generation.stop(unknown(stream.id))
 
-    def _model_texts(self) -> ModelTexts:
-        _ = self.worker.info
-        assert self._texts is not None
-        return self._texts
+    def _ready(self) -> tuple[WorkerInfo, PromptBuilder]:
+        info = self.worker.info
+        assert self._prompts is not None
+        return info, self._prompts
 
     async def _tell(self, stream: Stream, event: Append | Update) -> Accepted:
         try:
@@ -309,50 +301,6 @@ class StreamService:
         if wanted is not None and wanted > longest:
             raise Malformed(f"idle_timeout_s is at most {longest:g}", param="idle_timeout_s")
         return wanted or min(self._config.idle_timeout_s, longest)
-
-    async def _opening(self, body: OpenBody, texts: ModelTexts, vocab_size: int) -> Opening:
-        if body.input_ids is not None:
-            return texts.assembler.open_ids(token_array(body.input_ids, vocab_size))
-        if body.prompt is not None:
-            return await _computed(len(body.prompt), texts.assembler.open_text, body.prompt)
-        messages = [m.model_dump(exclude_unset=True) for m in body.messages or ()]
-        size = len(body.preamble or "") + sum(len(str(m.get("content"))) for m in messages)
-        return await _computed(size, texts.assembler.open_chat, messages, body.preamble)
-
-    async def _tail(self, opening: Opening, body: GenerateBody, vocab_size: int) -> array[int]:
-        assembler = self._model_texts().assembler
-        tail = await _computed(len(body.question or ""), assembler.tail, opening, body.question)
-        if body.input_ids is None:
-            return tail
-        return token_array(body.input_ids, vocab_size) + tail
-
-    async def _ids(
-        self,
-        texts: Sequence[str | DocumentBody] | None,
-        input_ids: list[int] | None,
-        tokenise: Callable[[Sequence[str | DocumentBody]], array[int]],
-    ) -> array[int]:
-        if texts is None:
-            return token_array(input_ids or [], self.worker.info.vocab_size)
-        for text in texts:
-            self._check_size(text_of(text))
-        return await _computed(sum(len(text_of(t)) for t in texts), tokenise, texts)
-
-    def _chunk_ids(self, chunks: Sequence[str | DocumentBody]) -> array[int]:
-        assembler = self._model_texts().assembler
-        ids: array[int] = array("i")
-        for chunk in chunks:
-            plain = isinstance(chunk, str)
-            ids.extend((assembler.chunk if plain else assembler.document)(text_of(chunk)))
-        return ids
-
-    def _document_ids(self, documents: Sequence[str | DocumentBody]) -> array[int]:
-        return self._model_texts().assembler.context([text_of(d) for d in documents])
-
-    def _check_size(self, text: str) -> None:
-        limit = self._config.max_chunk_bytes
-        if len(text) > limit or (len(text) * 4 > limit and len(text.encode()) > limit):
-            raise BodyTooLarge(f"a text of {len(text)} characters: the limit is {limit} bytes")
 
     def _abort(self, stream: Stream) -> None:
         """Ends a generation here and in the worker; the record stays, for its 409 answers."""
@@ -394,10 +342,3 @@ def _sealed(stream: Stream) -> StreamError:
     if stream.state == "aborted":
         return unknown(stream.id)
     return StreamSealed(f"stream {stream.id} is sealed: open a new one for more context")
-
-
-async def _computed(size: int, work: Callable[..., R], *args: Any) -> R:
-    """`work(*args)`, in a thread if texts of `size` characters would hold up the event loop."""
-    if size <= _TOKENISED_HERE:
-        return work(*args)
-    return await asyncio.to_thread(work, *args)

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from router.generation import Generation
-from router.schemas import DocumentBody, Order
+from router.schemas import DocumentBody, Order, text_of
 from sglang_stream.errors import LimitReached, StreamNotFound
 from sglang_stream.messages import Accepted, Mode, State, Usage, digest
 from sglang_stream.prompt import Opening, arrange
@@ -167,10 +167,6 @@ class Streams:
 def unknown(stream_id: str) -> StreamNotFound:
     """The error for an id that names no stream."""
     return StreamNotFound(f"stream {stream_id} is unknown or has expired: open a new one")
-
-
-def text_of(document: str | DocumentBody) -> str:
-    return document if isinstance(document, str) else document.text
 
 
 def _key(document: str | DocumentBody) -> bytes:

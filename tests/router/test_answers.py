@@ -382,9 +382,7 @@ def test_a_client_that_comes_back(
     assert len(worker.seals) == 1
 
 
-def vanish(
-    client: httpx.Client, worker: FakeWorker, stream: str, call: dict[str, Any]
-) -> None:
+def vanish(client: httpx.Client, worker: FakeWorker, stream: str, call: dict[str, Any]) -> None:
     """A generate call whose client is gone when its seal has reached the worker."""
     with httpx.Client(base_url=client.base_url) as other:
         sealed = len(worker.seals)
@@ -394,9 +392,7 @@ def vanish(
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_client_that_stays_away(
-    client: httpx.Client, worker: FakeWorker, streamed: bool
-) -> None:
+def test_a_client_that_stays_away(client: httpx.Client, worker: FakeWorker, streamed: bool) -> None:
     gate(worker, 0)
     stream = opened(client)
     vanish(client, worker, stream, {"request_id": "r", "stream": streamed})

@@ -154,7 +154,8 @@ def test_chunks_add_up(client: httpx.Client, worker: FakeWorker) -> None:
 
 def test_a_chunk_with_nothing_in_it_takes_its_number(client: httpx.Client) -> None:
     stream = opened(client)
-    for seq, body in enumerate(({"chunks": [""]}, {"input_ids": []}), start=1):
+    empty: list[dict[str, Any]] = [{"chunks": [""]}, {"input_ids": []}]
+    for seq, body in enumerate(empty, start=1):
         answer = client.post(f"/v1/streams/{stream}/chunks", json={"seq": seq, **body})
         assert answer.json() == {"seq": seq, "tokens": 1}
 
@@ -260,9 +261,7 @@ def test_sticky_documents_stay_where_they_are(client: httpx.Client, worker: Fake
     assert client.put(url, json=second).status_code == 202
 
 
-def test_a_refused_update_does_not_move_documents(
-    client: httpx.Client, worker: FakeWorker
-) -> None:
+def test_a_refused_update_does_not_move_documents(client: httpx.Client, worker: FakeWorker) -> None:
     stream = opened(client, mode="update", order="sticky")
     url = f"/v1/streams/{stream}/context"
     client.put(url, json={"seq": 1, "documents": ["a", "b"]})

@@ -1,0 +1,60 @@
+"""Ordinary calls that pass through, over HTTP."""
+
+from __future__ import annotations
+
+import threading
+
+import httpx
+import openai
+import pytest
+
+from tests.router.conftest import error_of, until
+from tests.router.fake_worker import FakeWorker
+
+
+def test_an_answer_comes_back_as_it_is(client: httpx.Client, worker: FakeWorker) -> None:
+    answer = client.post("/v1/completions", json={"prompt": [1]}, headers={"X-Mine": "1"})
+    assert (answer.status_code, answer.json()) == (200, {"ok": True})
+    assert len(answer.headers.get_list("date")) == 1
+    (seen,) = worker.forwarded
+    assert seen["body"] == {"prompt": [1]}
+    assert seen["headers"]["x-mine"] == "1"
+    assert seen["headers"]["host"] != client.base_url.netloc.decode()
+
+
+def test_an_error_of_the_worker_comes_back_as_it_is(client: httpx.Client) -> None:
+    answer = client.post("/v1/chat/completions", json={"bad": True})
+    assert (answer.status_code, answer.text) == (400, '{"object":"error"}')
+    assert answer.headers["x-kept"] == "yes"
+
+
+def test_models(client: httpx.Client) -> None:
+    models = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none").models.list()
+    assert [model.id for model in models] == ["tiny"]
+
+
+def test_events_are_not_held_back(client: httpx.Client, worker: FakeWorker) -> None:
+    worker.gates = {1: threading.Event(), 2: threading.Event()}
+    body = {"stream": True}
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        received = answer.iter_text()
+        for step in range(3):
+            assert next(received) == f"data: {step}\n\n"
+            worker.gates.get(step + 1, threading.Event()).set()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_ends_the_call(
+    client: httpx.Client, worker: FakeWorker, streamed: bool
+) -> None:
+    worker.gates = {0: threading.Event()}
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json={"stream": streamed}, timeout=0.3)
+    until(lambda: worker.cut == ["plain"])
+
+
+def test_a_body_over_the_limit(client: httpx.Client, worker: FakeWorker) -> None:
+    answer = client.post("/v1/completions", content=b"a" * 300_000)
+    assert error_of(answer, 413)["code"] == "body_too_large"
+    assert worker.forwarded == []

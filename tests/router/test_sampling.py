@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+from array import array
+from typing import Any
+
+import msgspec
+import pytest
+
+from router.sampling import sampling_params, seal_params
+from router.schemas import GenerateBody
+
+
+def params(defaults: dict[str, float] | None = None, **body: Any) -> dict[str, Any]:
+    return sampling_params(GenerateBody.model_validate(body), defaults or {})
+
+
+def test_nothing_said_nothing_sent() -> None:
+    assert params() == {"max_new_tokens": None}
+    assert params(temperature=None, stop=None) == {"max_new_tokens": None}
+
+
+def test_the_model_speaks_below_the_caller() -> None:
+    defaults = {"temperature": 0.6, "top_p": 0.9}
+    assert params(defaults, temperature=0) == {
+        "max_new_tokens": None,
+        "temperature": 0,
+        "top_p": 0.9,
+    }
+
+
+def test_both_names_of_the_limit() -> None:
+    assert params(max_tokens=3) == params(max_completion_tokens=3) == {"max_new_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("response_format", "expected"),
+    [
+        ({"type": "text"}, {}),
+        ({"type": "json_object"}, {"json_schema": '{"type": "object"}'}),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "string"}}},
+            {"json_schema": '{"type":"string"}'},
+        ),
+    ],
+)
+def test_response_formats(response_format: Any, expected: dict[str, str]) -> None:
+    assert params(response_format=response_format) == {"max_new_tokens": None, **expected}
+
+
+def test_the_seal_is_flat() -> None:
+    sent = seal_params("st-1", 3, array("i", [5, 6]))
+    assert sent.keys() == {"sglang_stream"}
+    assert json.loads(sent["sglang_stream"]) == {"id": "st-1", "last_seq": 3, "tail": [5, 6]}
+
+
+def test_sglang_takes_the_parameters() -> None:
+    """SGLang decodes them strictly between its processes."""
+    sampling = pytest.importorskip("sglang.srt.sampling.sampling_params")
+    sent = params(max_tokens=4, stop=["a"], stop_token_ids=[1], seed=3, logit_bias={"1": 0.5})
+    sent["custom_params"] = seal_params("st-1", None, array("i", [5]))
+    wire = msgspec.msgpack.encode(sampling.SamplingParams(**sent))
+    received = msgspec.msgpack.decode(wire, type=sampling.SamplingParams)
+    assert received.custom_params == sent["custom_params"]
+    received.verify(vocab_size=100)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+
+from router.schemas import DocumentBody
+from router.streams import Stream, Streams
+from sglang_stream.errors import LimitReached, StreamNotFound
+from sglang_stream.messages import Accepted
+from sglang_stream.prompt import Opening
+
+
+def stream(**fields: Any) -> Stream:
+    return Stream(
+        **{
+            "mode": "append",
+            "model": "m",
+            "worker_id": "w",
+            "opening": Opening(array("i", [1, 2]), "", "ids"),
+            "order": "relevance",
+            "idle_timeout_s": 10.0,
+            "tokens": 2,
+            **fields,
+        }
+    )
+
+
+def test_ids_have_one_length() -> None:
+    assert {len(stream().id) for _ in range(50)} == {len("st-") + 32}
+
+
+def test_the_prompt_of_an_append_stream() -> None:
+    s = stream()
+    s.accepted(1, array("i", [3]), Accepted(1, 3))
+    s.accepted(2, array("i", [4, 5]), Accepted(2, 5))
+    s.accepted(1, array("i", [3]), Accepted(1, 5))
+    assert (s.seq, s.tokens) == (2, 5)
+    assert s.prompt(array("i", [6])) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_prompt_that_is_not_all_known_here() -> None:
+    s = stream()
+    # The answer to call 1 was lost: the worker has 10 tokens of it.
+    s.accepted(2, array("i", [4]), Accepted(2, 13))
+    assert s.tokens == 13
+    assert s.prompt(array("i")) is None
+
+
+def test_the_prompt_of_an_update_stream() -> None:
+    s = stream(mode="update")
+    s.accepted(3, array("i", [7]), Accepted(3, 3))
+    s.accepted(2, array("i", [8, 9]), Accepted(2, 3))
+    assert s.prompt(array("i")) == [1, 2, 7]
+
+
+def test_a_document_is_known_by_its_id_or_its_text() -> None:
+    s = stream(mode="update", order="sticky")
+    first = s.place(1, ["a", DocumentBody(id="a", text="A"), "b", "b"])
+    assert first.texts == ["a", "A", "b", "b"]
+    s.accepted(1, array("i"), Accepted(1, 2), first)
+    second = s.place(2, ["c", "b", DocumentBody(id="a", text="new"), "a"])
+    assert second.texts == ["a", "new", "b", "c"]
+    # Not accepted yet: the next one stands on what the worker has.
+    assert s.place(3, ["c", "b"]).texts == ["b", "c"]
+    s.accepted(2, array("i"), Accepted(2, 2), second)
+    assert s.place(3, ["x", "c", "a"]).texts == ["a", "c", "x"]
+    assert s.place(1, ["a", DocumentBody(id="a", text="A"), "b", "b"]).texts == first.texts
+
+
+def test_the_limit_counts_open_streams_only() -> None:
+    streams = Streams(1)
+    first = stream()
+    streams.add(first)
+    with pytest.raises(LimitReached):
+        streams.add(stream())
+    first.state = "sealed"
+    streams.add(stream())
+    assert streams.open_count() == 1
+    assert streams.get(first.id) is first
+    streams.forget(first)
+    with pytest.raises(StreamNotFound, match=first.id):
+        streams.get(first.id)
+
+
+def test_who_is_idle() -> None:
+    streams = Streams(9)
+    old, young = stream(touched_s=0.0), stream(touched_s=8.0)
+    streams.add(old)
+    streams.add(young)
+    assert streams.idle(now_s=10.5) == []
+    assert streams.idle(now_s=12.0) == [old]
