@@ -23,7 +23,7 @@ import zmq
 from sglang_stream import messages as m
 from sglang_stream.config import ENGINE_VARIABLE, EngineConfig
 from sglang_stream.engine.cpu.tiny_model import default_tiny_model
-from sglang_stream.errors import StreamError, from_fields
+from sglang_stream.errors import StreamError, StreamNotFound, StreamSealed, from_fields
 
 START_TIMEOUT_S = 180
 
@@ -66,6 +66,7 @@ class Worker:
     http: httpx.Client
     socket: Any = None
     endpoint: str = ""
+    opened: list[str] = field(default_factory=list)
     _calls: Iterator[int] = field(default_factory=itertools.count)
 
     def connect(self) -> None:
@@ -105,6 +106,7 @@ class Worker:
     def open(self, mode: m.Mode, opening: Sequence[int] = (), idle_timeout_s: float = 600) -> str:
         stream_id = f"st-{uuid.uuid4().hex}"
         self.ask(m.Open(stream_id, mode, m.pack_tokens(opening), idle_timeout_s))
+        self.opened.append(stream_id)
         return stream_id
 
     def append(self, stream_id: str, seq: int, tokens: Sequence[int]) -> m.Accepted:
@@ -160,14 +162,20 @@ class Worker:
         return answer
 
     def generate(self, body: dict[str, Any]) -> Generation:
-        response = self.http.post("/generate", json=body)
-        if response.status_code != 200:
-            raise AssertionError(f"{response.status_code}: {response.text}")
-        fields = response.json()
-        meta = fields["meta_info"]
+        """Reads a whole answer. Always streamed: only so do the reasons of a refusal come back."""
+        with self.http.stream("POST", "/generate", json={**body, "stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            events = [
+                json.loads(line[6:])
+                for line in response.iter_lines()
+                if line.startswith("data: ") and line != "data: [DONE]"
+            ]
+        tokens = events[-1].get("output_ids", [])
+        meta = events[-1].get("meta_info", {})
         reason = (meta.get("finish_reason") or {}).get("sglang_stream_error")
         error = from_fields(json.loads(reason)) if reason else None
-        return Generation(fields.get("output_ids", []), fields.get("text", ""), meta, error)
+        assert "error" not in events[-1], events[-1]
+        return Generation(tokens, events[-1].get("text", ""), meta, error)
 
     def cold(self, tokens: Sequence[int], max_new: int = 8) -> Generation:
         """The same prompt as one ordinary request that can use nothing cached."""
@@ -186,7 +194,12 @@ class Worker:
         return answer
 
     def flush(self) -> None:
-        response = self.http.post("/flush_cache")
+        """Ends all streams of this client and empties the cache."""
+        for stream_id in self.opened:
+            with contextlib.suppress(StreamNotFound, StreamSealed):
+                self.abort(stream_id)
+        self.opened.clear()
+        response = self.http.post("/flush_cache", params={"timeout": 60})
         assert response.status_code == 200, response.text
 
     def assert_healthy(self) -> None:
@@ -194,7 +207,7 @@ class Worker:
         assert self.process.poll() is None, self.tail()
         text = self.log.read_text(errors="replace")
         for word in ("leak detected", "Traceback", "Scheduler hit an exception"):
-            assert word not in text, f"{word!r} in {self.log}:\n{self.tail()}"
+            assert word not in text, f"{word!r} in the log:\n{self.tail(25)}"
 
     def tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

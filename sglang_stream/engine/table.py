@@ -15,7 +15,13 @@ from sglang_stream import messages as m
 from sglang_stream.engine.cache import Hold, StreamRadixCache
 from sglang_stream.engine.metrics import EngineMetrics
 from sglang_stream.engine.tokens import common_prefix, unpack_tokens
-from sglang_stream.errors import LimitReached, PromptTooLong, SequenceConflict, StreamNotFound
+from sglang_stream.errors import (
+    LimitReached,
+    PromptTooLong,
+    SequenceConflict,
+    StreamNotFound,
+    StreamSealed,
+)
 from sglang_stream.policy import StreamView
 from sglang_stream.session import Session, Verdict
 
@@ -94,8 +100,10 @@ class StreamTable:
         return [s for s in self.live.values() if s.session.state == "open"]
 
     def get(self, stream_id: str) -> Stream:
-        """The live stream of that id. Raises StreamNotFound."""
+        """The live stream of that id. Raises StreamNotFound; StreamSealed if it has finished."""
         stream = self.live.get(stream_id)
+        if stream is None and stream_id in self._finished:
+            raise StreamSealed(f"stream {stream_id} has ended: open a new one")
         if stream is None:
             raise StreamNotFound(f"stream {stream_id} is unknown or has expired: open a new one")
         return stream
