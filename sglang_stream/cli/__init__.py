@@ -84,7 +84,6 @@ def serve(
     from sglang_stream.cli.ports import choose_port, require_free_port
     from sglang_stream.cli.serve import ServePlan
     from sglang_stream.cli.serve import serve as run
-    from sglang_stream.cli.worker import has_accelerator
 
     _require("server", "sglang")
     _require_model(model_path)
@@ -113,7 +112,7 @@ def serve(
         _writable(worker_log or Path(tempfile.mkdtemp(prefix="sglang-stream-")) / "worker.log"),
         start_timeout_s,
     )
-    asyncio.run(run(plan, os.environ, accelerator=has_accelerator(os.environ)))
+    asyncio.run(run(plan, os.environ))
 
 
 def worker(
@@ -133,7 +132,7 @@ def worker(
 
     SGLang started by its own command gets stream support from SGLANG_STREAM=1 in its environment.
     """
-    from sglang_stream.cli.worker import has_accelerator, worker_command
+    from sglang_stream.cli.worker import worker_command
 
     _require("server", "sglang")
     _require_model(model_path)
@@ -147,7 +146,6 @@ def worker(
             pass_tokens=stream_pass_tokens,
         ),
         ctx.args,
-        accelerator=has_accelerator(os.environ),
     )
     os.execve(argv[0], argv, {**os.environ, **additions})
 

@@ -124,7 +124,7 @@ StartTimeout = Annotated[
     typer.Option(
         "--start-timeout-s",
         min=0.001,
-        help="Seconds that the worker may take until it is healthy.",
+        help="Seconds that the worker may take to be healthy.",
         rich_help_panel=_SERVER,
     ),
 ]

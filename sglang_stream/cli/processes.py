@@ -1,6 +1,6 @@
-"""Child processes started in order, watched, and stopped in the opposite order.
+"""Child processes started together, watched, and stopped in the opposite order.
 
-    for each service: start -> healthy        one that dies or takes too long ends the run
+    start all, wait until each is healthy     one that dies or takes too long ends the run
     all healthy: wait                         for a signal, or for the death of one
     stop, last one first                      SIGTERM, its grace, then SIGKILL to its whole group
 
@@ -17,6 +17,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,9 +130,9 @@ async def supervise(
 ) -> None:
     """Runs `services` until SIGINT, SIGTERM or SIGHUP, then returns with nothing left running.
 
-    Each is started when the one before it is healthy; `say` hears of each step and `on_ready` is
+    They start together, since each has much to load; `say` hears of each step and `on_ready` is
     called once when all are healthy. Raises WorkerUnavailable, also with nothing left running, if
-    one of them ends by itself or is not healthy `start_timeout_s` seconds after its start.
+    one of them ends by itself or is not healthy after `start_timeout_s` seconds.
     """
     _adopt_orphans()
     signals = StopSignals()
@@ -140,8 +141,10 @@ async def supervise(
         for service in services:
             say(f"starting the {service.name}")
             children.append(await Child.start(service))
-            healthy = _becomes_healthy(service.health_url)
-            if await _watch(children, signals, healthy, start_timeout_s):
+        deadline = time.monotonic() + start_timeout_s
+        for service in services:
+            say(f"waiting for the {service.name}")
+            if await _watch(children, signals, service, deadline - time.monotonic()):
                 return
         on_ready()
         await _watch(children, signals)
@@ -154,27 +157,27 @@ async def supervise(
 async def _watch(
     children: Sequence[Child],
     signals: StopSignals,
-    healthy: Awaitable[None] | None = None,
+    starting: Service | None = None,
     timeout_s: float | None = None,
 ) -> bool:
-    """Waits for `healthy` (of the last child) or a signal; whether it was a signal.
+    """Waits until `starting` is healthy, or for a signal; whether it was a signal.
 
-    Raises WorkerUnavailable on the death of a child, or after `timeout_s` seconds.
+    Raises WorkerUnavailable on the death of any child, or after `timeout_s` seconds.
     """
-    deaths = [child.process.wait() for child in children]
-    happened = await _first(
-        *deaths, signals.asked.wait(), *([healthy] if healthy else []), timeout_s=timeout_s
-    )
+    ends: list[Awaitable[object]] = [child.process.wait() for child in children]
+    if starting is not None:
+        ends.append(_becomes_healthy(starting.health_url))
+    happened = await _first(*ends, signals.asked.wait(), timeout_s=timeout_s)
     if signals.asked.is_set():
         return True
     for child in children:
         if child.process.returncode is not None:
             raise WorkerUnavailable(child.obituary())
     if not happened:
-        last = children[-1]
+        late = next(child for child in children if child.service is starting)
         raise WorkerUnavailable(
-            f"the {last.service.name} was not healthy after {timeout_s:g} s: "
-            f"raise --start-timeout-s if it only needs longer{last.last_words()}"
+            f"the {late.service.name} was not healthy in time: "
+            f"raise --start-timeout-s if it only needs longer{late.last_words()}"
         )
     return False
 

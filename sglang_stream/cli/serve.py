@@ -39,9 +39,7 @@ class ServePlan:
     start_timeout_s: float
 
 
-def services(
-    plan: ServePlan, environment: Mapping[str, str], *, accelerator: bool
-) -> list[Service]:
+def services(plan: ServePlan, environment: Mapping[str, str]) -> list[Service]:
     """The worker and the router of `plan`, in the order in which they start.
 
     Raises InvalidRequest for a flag of SGLang that cannot be used here.
@@ -55,10 +53,7 @@ def services(
             )
     host, _, port = plan.router.worker_url.removeprefix("http://").rpartition(":")
     argv, additions = worker_command(
-        plan.model_path,
-        plan.engine,
-        ["--host", host, "--port", port, *plan.sglang_flags],
-        accelerator=accelerator,
+        plan.model_path, plan.engine, ["--host", host, "--port", port, *plan.sglang_flags]
     )
     worker = Service(
         "worker",
@@ -86,9 +81,9 @@ def router_command(config: RouterConfig) -> list[str]:
     return argv
 
 
-async def serve(plan: ServePlan, environment: Mapping[str, str], *, accelerator: bool) -> None:
+async def serve(plan: ServePlan, environment: Mapping[str, str]) -> None:
     """Serves until a signal asks to stop. Raises as `services` and `supervise` do."""
-    needed = services(plan, environment, accelerator=accelerator)
+    needed = services(plan, environment)
     console = Console(stderr=True, highlight=False)
     console.print(f"The worker's log is {plan.worker_log}", soft_wrap=True)
     with _steps(console) as steps:

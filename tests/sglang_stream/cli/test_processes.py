@@ -88,12 +88,18 @@ def end(process: subprocess.Popen[str], timeout_s: float = 30) -> tuple[int, str
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_starts_in_order_and_stops_in_the_opposite_order(
+def test_starts_together_and_stops_in_the_opposite_order(
     start: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
     specs = [spec(tmp_path, "worker"), spec(tmp_path, "router")]
     process = start("-c", SUPERVISE, json.dumps(specs), "30")
-    assert run_until(process, "ready") == ["starting the worker", "starting the router", "ready"]
+    assert run_until(process, "ready") == [
+        "starting the worker",
+        "starting the router",
+        "waiting for the worker",
+        "waiting for the router",
+        "ready",
+    ]
     groups = children(process)
     assert len(members(groups)) == 2
     process.send_signal(number)
@@ -147,7 +153,8 @@ def test_a_death_at_the_start_is_told_with_the_last_log_lines(start: Start, tmp_
     specs = [spec(tmp_path, "worker", "die"), spec(tmp_path, "router")]
     code, out, err = end(start("-c", SUPERVISE, json.dumps(specs), "30"))
     assert code == 1
-    assert "router" not in out
+    assert "ready" not in out
+    assert out.splitlines()[-2:] == ["stopping the router", "stopping the worker"]
     assert err.startswith("the worker ended with status 3; the end of its log ")
     assert re.findall(r"log line (\d+)", err) == [str(i) for i in range(10, 30)]
 
@@ -181,8 +188,9 @@ def test_a_start_that_takes_too_long_fails(start: Start, tmp_path: Path) -> None
     process = start("-c", SUPERVISE, json.dumps([worker]), "1.5")
     code, out, err = end(process)
     assert code == 1
-    assert out.splitlines() == ["starting the worker", "stopping the worker"]
-    assert "the worker was not healthy after 1.5 s" in err
+    steps = ["starting the worker", "waiting for the worker", "stopping the worker"]
+    assert out.splitlines() == steps
+    assert "the worker was not healthy in time" in err
     assert "--start-timeout-s" in err
     assert f"service {worker['port']} is up" in err
 

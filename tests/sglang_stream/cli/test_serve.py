@@ -20,7 +20,7 @@ def plan(*sglang_flags: str, host: str = "127.0.0.1") -> ServePlan:
 
 
 def test_the_worker_starts_first_where_the_router_looks_for_it() -> None:
-    worker, router = services(plan("--tp", "2"), {"PATH": "x"}, accelerator=True)
+    worker, router = services(plan("--tp", "2"), {"PATH": "x"})
     assert worker.argv[3:] == (
         "--model-path m --host 127.0.0.1 --port 20001 --tp 2 --radix-cache-backend sglang_stream"
     ).split(" ")
@@ -36,7 +36,7 @@ def test_the_worker_starts_first_where_the_router_looks_for_it() -> None:
 
 def test_a_router_for_all_addresses_is_probed_and_shown_on_this_machine() -> None:
     everywhere = plan(host="0.0.0.0")
-    _, router = services(everywhere, {}, accelerator=True)
+    _, router = services(everywhere, {})
     assert router.health_url == "http://127.0.0.1:8000/readiness"
     assert router.argv[router.argv.index("--host") + 1] == "0.0.0.0"
     assert "http://127.0.0.1:8000/v1/streams" in ready_text(everywhere.router)
@@ -45,7 +45,7 @@ def test_a_router_for_all_addresses_is_probed_and_shown_on_this_machine() -> Non
 @pytest.mark.parametrize("flag", ["--api-key", "--ssl-keyfile=x"])
 def test_flags_that_would_cut_the_router_off_are_refused(flag: str) -> None:
     with pytest.raises(InvalidRequest, match=flag.partition("=")[0]):
-        services(plan(flag, "x"), {}, accelerator=True)
+        services(plan(flag, "x"), {})
 
 
 def test_all_settings_reach_the_router(start: Callable[..., subprocess.Popen[str]]) -> None:
