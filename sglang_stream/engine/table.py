@@ -54,8 +54,8 @@ class Usage:
 
 @dataclass(eq=False)
 class Stream:
-    """One stream. `in_flight`: a pass of it is in the forward now; `rid`, `request`: SGLang's
-    request once it is sealed."""
+    """One stream. `in_flight`: a pass of it is in the forward now; `preempted`: its KV was taken
+    and no event came since; `rid`, `request`: SGLang's request once it is sealed."""
 
     session: Session
     arrival: int
@@ -65,6 +65,7 @@ class Stream:
     last_event_s: float
     hold: Hold | None = None
     in_flight: bool = False
+    preempted: bool = False
     rid: str | None = None
     request: Any = None
     usage: Usage = field(default_factory=Usage)
@@ -82,6 +83,7 @@ class Stream:
             cacheable=length - length % page_size,
             held=self.held,
             sealed=self.session.state == "sealed",
+            preempted=self.preempted,
         )
 
 
@@ -206,6 +208,7 @@ class StreamTable:
     def preempt(self, stream: Stream) -> None:
         """Unlocks a victim's KV; what is not evicted is found again by its next pass."""
         self.release(stream)
+        stream.preempted = True
         self._metrics.preemptions.inc()
 
     def hold_cached(self, stream: Stream) -> None:
@@ -261,6 +264,7 @@ class StreamTable:
     def _touch(self, stream_id: str, now: float) -> Stream:
         stream = self.get(stream_id)
         stream.last_event_s = now
+        stream.preempted = False
         return stream
 
     def _unpack(self, raw: bytes, before: int) -> array[int]:

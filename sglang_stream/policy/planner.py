@@ -3,7 +3,9 @@
 Two phases (Stream2LLM, section 4): *decide* walks the rank and takes what fits the token budget
 and the KV that could be had; *acquire* finds that KV, first what is available, then by preempting
 from the lowest rank upward. Full requests come before open streams; open streams are served first
-come, first served, those with nothing to compute last.
+come, first served, those with nothing to compute last. A preempted stream counts among these until
+something arrives for it: it takes KV that nobody holds, but no other stream's. Two streams that do
+not fit together would otherwise take each other's KV for ever.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from sglang_stream.policy.types import Decision, FullView, Pass, PoolView, Strea
 
 
 def rank(streams: Iterable[StreamView]) -> list[StreamView]:
-    """Streams by priority: sealed ones, open ones with work, idle ones; by arrival in each."""
-    return sorted(streams, key=lambda s: (not s.sealed, s.missing == 0, s.arrival))
+    """Streams by priority: sealed ones, those that work, the others; by arrival in each group."""
+    return sorted(streams, key=lambda s: (not s.sealed, not s.works, s.arrival))
 
 
 def choose_victims(ranked: Sequence[StreamView], deficit: int) -> tuple[str, ...]:
@@ -70,7 +72,7 @@ def plan(
         want = min(stream.missing, budget)
         want -= want % page_size
         room = want + page_size  # the allocator may round each request up by a page
-        while room > spare and lower > index + 1:
+        while stream.works and room > spare and lower > index + 1:
             lower -= 1
             if ranked[lower].held:
                 victims.append(ranked[lower].stream_id)

@@ -28,6 +28,7 @@ class StreamView:
 
     `arrival` orders streams by their opening. `cacheable`: prompt tokens that fill whole pages;
     `held`: those whose KV it holds. `sealed`: it waits as a full request and wants no pass.
+    `preempted`: its KV was taken and nothing has arrived for it since.
     """
 
     stream_id: str
@@ -35,10 +36,16 @@ class StreamView:
     cacheable: int
     held: int
     sealed: bool = False
+    preempted: bool = False
 
     @property
     def missing(self) -> int:
         return 0 if self.sealed else max(0, self.cacheable - self.held)
+
+    @property
+    def works(self) -> bool:
+        """It has tokens to compute that are worth taking another stream's KV for."""
+        return self.missing > 0 and not self.preempted
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,14 @@ PLENTY = PoolView(available=100_000, spare=100_000)
 
 
 def stream(
-    name: str, arrival: int = 0, cacheable: int = 0, held: int = 0, sealed: bool = False
+    name: str,
+    arrival: int = 0,
+    cacheable: int = 0,
+    held: int = 0,
+    sealed: bool = False,
+    preempted: bool = False,
 ) -> StreamView:
-    return StreamView(name, arrival, cacheable, held, sealed)
+    return StreamView(name, arrival, cacheable, held, sealed, preempted)
 
 
 def test_streams_are_served_first_come_first_served_within_the_token_budget() -> None:
@@ -63,6 +68,35 @@ def test_a_working_stream_preempts_only_streams_below_it() -> None:
     assert [p.stream_id for p in decision.passes] == ["first"]
 
 
+def test_a_preempted_stream_takes_only_kv_that_nobody_holds() -> None:
+    streams = [stream("early", 0, 300, 0, preempted=True), stream("idle", 1, 300, 300)]
+    blocked = plan([], streams, PoolView(0, 0), pass_tokens=256, page_size=1)
+    assert (blocked.victims, blocked.passes) == ((), ())
+    free = plan([], streams, PoolView(400, 400), pass_tokens=256, page_size=1)
+    assert [p.stream_id for p in free.passes] == ["early"]
+
+
+def test_two_streams_that_do_not_fit_together_come_to_rest() -> None:
+    """Each preemption must be paid for by something that arrived."""
+    pool_size, held, preempted = 1000, {"a": 0, "b": 0}, {"a": False, "b": False}
+    rounds = 0
+    while True:
+        views = [
+            stream(n, i, 900, held[n], preempted=preempted[n]) for i, n in enumerate(("a", "b"))
+        ]
+        free = pool_size - sum(held.values())
+        decision = plan([], views, PoolView(free, free), pass_tokens=300, page_size=1)
+        if not decision.passes:
+            break
+        for victim in decision.victims:
+            held[victim], preempted[victim] = 0, True
+        for planned in decision.passes:
+            held[planned.stream_id] += planned.tokens
+        rounds += 1
+        assert rounds < 50
+    assert sum(held.values()) <= pool_size
+
+
 def test_passes_leave_what_running_requests_may_still_decode() -> None:
     pool = PoolView(available=1000, spare=100)
     decision = plan([], [stream("s", 0, 500)], pool, pass_tokens=512, page_size=1)
@@ -70,10 +104,11 @@ def test_passes_leave_what_running_requests_may_still_decode() -> None:
 
 
 views = st.builds(
-    lambda arrival, cacheable, share, sealed: (arrival, cacheable, cacheable * share // 4, sealed),
+    lambda arrival, cacheable, share, *flags: (arrival, cacheable, cacheable * share // 4, *flags),
     st.integers(0, 20),
     st.integers(0, 60).map(lambda n: n * 16),
     st.integers(0, 4),
+    st.booleans(),
     st.booleans(),
 )
 
@@ -87,7 +122,7 @@ views = st.builds(
     st.sampled_from([1, 16]),
 )
 def test_invariants(
-    raw: list[tuple[int, int, int, bool]],
+    raw: list[tuple[int, int, int, bool, bool]],
     full: list[FullView],
     available: int,
     reserve: int,
@@ -95,8 +130,8 @@ def test_invariants(
     page_size: int,
 ) -> None:
     streams = [
-        stream(f"s{i}", arrival, cacheable, held - held % page_size, sealed)
-        for i, (arrival, cacheable, held, sealed) in enumerate(raw)
+        stream(f"s{i}", arrival, cacheable, held - held % page_size, *flags)
+        for i, (arrival, cacheable, held, *flags) in enumerate(raw)
     ]
     pool = PoolView(available, available - reserve)
     decision = plan(full, streams, pool, pass_tokens=pass_tokens, page_size=page_size)
