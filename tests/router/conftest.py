@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +78,17 @@ def until(condition: Callable[[], Any], timeout_s: float = 15) -> Any:
         assert time.monotonic() < deadline, "the condition never held"
         threading.Event().wait(0.005)
     return value
+
+
+def call_and_leave(
+    client: httpx.Client, path: str, body: dict[str, Any], when: Callable[[], Any]
+) -> None:
+    """Posts `body` and closes the connection without an answer once `when()` holds."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as raw:
+        raw.sendall(head.encode() + content)
+        until(when)
 
 
 def opened(client: httpx.Client, **body: Any) -> str:
