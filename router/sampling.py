@@ -55,14 +55,12 @@ def sampling_params(body: GenerateBody, defaults: Mapping[str, float]) -> dict[s
     return params
 
 
-def seal_params(stream_id: str, last_seq: int | None, tail: array[int]) -> dict[str, str]:
+def seal_params(stream_id: str, last_seq: int | None, tail: array[int]) -> dict[str, Any]:
     """The custom parameters by which the worker's hook finds the stream that a call seals.
 
-    `tail`: the ids after the context. As JSON text, since SGLang's `custom_params` take no list
-    inside a mapping (sglang/srt/sampling/sampling_params.py, CustomParamValue).
+    `tail`: the ids after the context.
     """
-    call = {"id": stream_id, "last_seq": last_seq, "tail": tail.tolist()}
-    return {"sglang_stream": msgspec.json.encode(call).decode()}
+    return {"sglang_stream": {"id": stream_id, "last_seq": last_seq, "tail": tail.tolist()}}
 
 
 def _grammar(response_format: ResponseFormat) -> dict[str, str]:

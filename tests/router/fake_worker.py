@@ -188,7 +188,7 @@ class FakeWorker:
 
     async def _generate(self, request: Request) -> Response:
         body = await request.json()
-        call = msgspec.json.decode(body["sampling_params"]["custom_params"]["sglang_stream"])
+        call = body["sampling_params"]["custom_params"]["sglang_stream"]
         self.seals.append({**body, "call": call})
         return StreamingResponse(self._spoken(body["rid"], call), media_type="text/event-stream")
 
