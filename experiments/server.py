@@ -28,6 +28,14 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def default_model() -> str:
+    """The folder of the small random model, built on first use (in a process of its own: only the
+    engine may import torch)."""
+    command = [sys.executable, "-m", "sglang_stream.engine.cpu.tiny_model"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
 @contextmanager
 def running_server(
     model_path: str | Path,
