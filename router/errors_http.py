@@ -14,12 +14,6 @@ from starlette.requests import ClientDisconnect
 from sglang_stream.errors import EngineFailure, Malformed, StreamError
 
 
-class ModelNotFound(StreamError):
-    """The call names a model that the worker does not serve; status and code are OpenAI's."""
-
-    status, code, type = 404, "model_not_found", "invalid_request_error"
-
-
 def json_response(
     content: Any, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:

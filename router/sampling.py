@@ -6,7 +6,6 @@ leaves out is left out here too, so that the worker's own defaults hold.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,14 +52,6 @@ def sampling_params(body: GenerateBody, defaults: Mapping[str, float]) -> dict[s
     if body.response_format is not None:
         params.update(_grammar(body.response_format))
     return params
-
-
-def seal_params(stream_id: str, last_seq: int | None, tail: array[int]) -> dict[str, Any]:
-    """The custom parameters by which the worker's hook finds the stream that a call seals.
-
-    `tail`: the ids after the context.
-    """
-    return {"sglang_stream": {"id": stream_id, "last_seq": last_seq, "tail": tail.tolist()}}
 
 
 def _grammar(response_format: ResponseFormat) -> dict[str, str]:

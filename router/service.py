@@ -19,11 +19,10 @@ from typing import Any
 
 import httpx
 
-from router.errors_http import ModelNotFound
 from router.generation import Generation, Increments
 from router.metrics import RouterMetrics
 from router.prompts import PromptBuilder
-from router.sampling import sampling_params, seal_params
+from router.sampling import sampling_params
 from router.schemas import ChunksBody, ContextBody, GenerateBody, OpenBody
 from router.streams import Placement, Stream, Streams, unknown
 from router.tokenizer import load_model_texts
@@ -33,12 +32,23 @@ from sglang_stream.errors import (
     ContextLengthExceeded,
     GenerationStarted,
     Malformed,
+    ModelNotFound,
     StreamError,
     StreamNotFound,
     StreamSealed,
     WorkerUnavailable,
 )
-from sglang_stream.messages import Abort, Accepted, Append, Open, Update, Usage, digest, pack_tokens
+from sglang_stream.messages import (
+    Abort,
+    Accepted,
+    Append,
+    Open,
+    SealCall,
+    Update,
+    Usage,
+    digest,
+    pack_tokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +185,8 @@ class StreamService:
             )
             stream.generation = generation
         params = sampling_params(body, prompts.defaults(stream.opening))
-        params["custom_params"] = seal_params(stream.id, body.last_seq, tail)
+        seal = SealCall(stream.id, body.last_seq, tail.tolist())
+        params["custom_params"] = seal.to_custom_params()
         request = {
             "rid": uuid.uuid4().hex,
             "input_ids": [0],

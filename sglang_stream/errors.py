@@ -5,6 +5,7 @@
     |   |-- ContextLengthExceeded     400     context_length_exceeded
     |   `-- Malformed                 422     malformed
     |-- StreamNotFound                404     stream_not_found
+    |-- ModelNotFound                 404     model_not_found
     |-- Conflict                      409     conflict
     |   |-- WrongMode                 409     wrong_mode
     |   |-- StreamSealed              409     stream_sealed
@@ -78,6 +79,10 @@ class Malformed(InvalidRequest):
 
 class StreamNotFound(StreamError):
     status, code, type = 404, "stream_not_found", "invalid_request_error"
+
+
+class ModelNotFound(StreamError):
+    status, code, type = 404, "model_not_found", "invalid_request_error"
 
 
 class Conflict(StreamError):

@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 PROTOCOL = 1
+SEAL_KEY = "sglang_stream"
 Mode = Literal["append", "update"]
 State = Literal["open", "sealed", "finished", "aborted"]
 
@@ -119,6 +120,21 @@ class Refused(Message, frozen=True, tag=True, array_like=True):
     param: str | None = None
     expected_seq: int | None = None
     retry_after: int | None = None
+
+
+class SealCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a small `/generate` call of SGLang says of the stream that it seals.
+
+    Travels as JSON text in `sampling_params.custom_params[SEAL_KEY]`: SGLang hands flat values
+    through whatever its processes use among themselves. `tail`: token ids after the context.
+    """
+
+    id: str
+    last_seq: int | None = None
+    tail: list[int] = msgspec.field(default_factory=list)
+
+    def to_custom_params(self) -> dict[str, str]:
+        return {SEAL_KEY: msgspec.json.encode(self).decode()}
 
 
 Event = Open | Append | Update | Abort | Query

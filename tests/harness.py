@@ -134,7 +134,7 @@ class Worker:
     def body(
         self, stream_id: str, tail: Sequence[int], max_new: int, last_seq: int | None, **params: Any
     ) -> dict[str, Any]:
-        seal = {"id": stream_id, "last_seq": last_seq, "tail": list(tail)}
+        seal = m.SealCall(stream_id, last_seq, list(tail))
         return {
             "input_ids": [0],
             "rid": uuid.uuid4().hex,
@@ -142,7 +142,7 @@ class Worker:
                 "temperature": 0,
                 "max_new_tokens": max_new,
                 "ignore_eos": True,
-                "custom_params": {"sglang_stream": seal},
+                "custom_params": seal.to_custom_params(),
                 **params,
             },
         }

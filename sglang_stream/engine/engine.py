@@ -54,9 +54,7 @@ class StreamEngine:
         self._next_expiry_s = 0.0
         self._sealed_at: dict[str, float] = {}
         self._welcome = (
-            None
-            if channel is None
-            else channel.welcome(limits.prompt_tokens, limits.vocab_size, self._page)
+            None if channel is None else channel.welcome(context_len, limits.vocab_size, self._page)
         )
 
     # --- receive and handle -------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """Sealing: a small `/generate` call becomes the stream's real request.
 
-The call carries one placeholder token and, in `sampling_params.custom_params["sglang_stream"]`,
-`{"id": stream id, "last_seq": number or None, "tail": token ids after the context}`. The stream's
-tokens are put in here, inside the scheduler, so nothing large is sent or tokenised at the seal.
+The call carries one placeholder token and a `messages.SealCall`. The stream's tokens are put in
+here, inside the scheduler, so nothing large is sent or tokenised at the seal.
 """
 
 from __future__ import annotations
@@ -15,16 +14,7 @@ from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 
 from sglang_stream.engine.table import Stream, StreamTable
 from sglang_stream.errors import ContextLengthExceeded, InvalidRequest, Malformed, StreamError
-
-SEAL_KEY = "sglang_stream"
-
-
-class SealCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a `/generate` call says of the stream that it seals."""
-
-    id: str
-    last_seq: int | None = None
-    tail: list[int] = msgspec.field(default_factory=list)
+from sglang_stream.messages import SEAL_KEY, SealCall
 
 
 def seal_call(request: TokenizedGenerateReqInput) -> SealCall | None:
@@ -33,8 +23,8 @@ def seal_call(request: TokenizedGenerateReqInput) -> SealCall | None:
     if not isinstance(params, dict) or SEAL_KEY not in params:
         return None
     try:
-        return msgspec.convert(params[SEAL_KEY], SealCall)
-    except msgspec.ValidationError as e:
+        return msgspec.json.decode(params[SEAL_KEY], type=SealCall)
+    except (msgspec.DecodeError, TypeError) as e:
         raise Malformed(f"custom_params.{SEAL_KEY}: {e}") from e
 
 

@@ -7,6 +7,7 @@ SGLang's that the router makes. Every step of an answer can be held back until t
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import uuid
 from array import array
@@ -188,7 +189,7 @@ class FakeWorker:
 
     async def _generate(self, request: Request) -> Response:
         body = await request.json()
-        call = body["sampling_params"]["custom_params"]["sglang_stream"]
+        call = json.loads(body["sampling_params"]["custom_params"]["sglang_stream"])
         self.seals.append({**body, "call": call})
         return StreamingResponse(self._spoken(body["rid"], call), media_type="text/event-stream")
 

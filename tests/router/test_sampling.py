@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from array import array
 from typing import Any
 
 import pytest
 
-from router.sampling import sampling_params, seal_params
+from router.sampling import sampling_params
 from router.schemas import GenerateBody
 
 
@@ -44,11 +43,6 @@ def test_both_names_of_the_limit() -> None:
 )
 def test_response_formats(response_format: Any, expected: dict[str, str]) -> None:
     assert params(response_format=response_format) == {"max_new_tokens": None, **expected}
-
-
-def test_the_seal_names_the_stream() -> None:
-    sent = seal_params("st-1", 3, array("i", [5, 6]))
-    assert sent == {"sglang_stream": {"id": "st-1", "last_seq": 3, "tail": [5, 6]}}
 
 
 def test_sglang_takes_the_parameters() -> None:

@@ -1,0 +1,63 @@
+"""Medians of paired measurements, and how sure their ratio is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+_RESAMPLES = 2000
+_SEED = 0
+_TAIL = 0.025
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{_short(self.value)} ({_short(self.low)} to {_short(self.high)})"
+
+
+def ratio_of_medians(over: Sequence[float], under: Sequence[float]) -> Ratio:
+    """The median of `over` divided by the median of `under`; item i of both is one pair."""
+    return _bootstrap(over, under, lambda a, b: median(a) / median(b))
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> Ratio:
+    """The median over all pairs of `over` divided by `under`."""
+    return _bootstrap(over, under, lambda a, b: median(x / y for x, y in zip(a, b, strict=True)))
+
+
+def _bootstrap(
+    over: Sequence[float],
+    under: Sequence[float],
+    statistic: Callable[[Sequence[float], Sequence[float]], float],
+) -> Ratio:
+    """The statistic, and its percentile interval over resampled pairs.
+
+    Raises ValueError where the lengths differ or are zero.
+    """
+    pairs = list(zip(over, under, strict=True))
+    if not pairs:
+        raise ValueError("there are no measurements")
+    rng = random.Random(_SEED)
+    values = sorted(
+        statistic(*zip(*rng.choices(pairs, k=len(pairs)), strict=True)) for _ in range(_RESAMPLES)
+    )
+    edge = int(_TAIL * _RESAMPLES)
+    return Ratio(statistic(over, under), values[edge], values[-1 - edge])
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def verdict(met: bool) -> str:
+    """How a table shows whether a goal is met."""
+    return "met" if met else "[bold red]MISSED[/]"
