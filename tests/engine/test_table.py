@@ -20,7 +20,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_stream import messages as m
 from sglang_stream.engine.cache import StreamRadixCache
-
+from sglang_stream.engine.cpu.allocator import CpuPagedAllocator
 from sglang_stream.engine.metrics import silent_metrics
 from sglang_stream.engine.table import Limits, Stream, StreamTable
 from sglang_stream.engine.tokens import common_prefix, unpack_tokens
