@@ -1,4 +1,4 @@
-"""A server of our own for a measurement: `sglang-stream serve` as a child process."""
+"""Servers for a measurement, as child processes: ours, or SGLang alone."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 
+from sglang_stream.config import ENGINE_VARIABLE
 from sglang_stream.errors import WorkerUnavailable
 
 _POLL_S = 0.25
@@ -49,15 +50,53 @@ def running_server(
     `flags` go to `serve`. `waiting` is called with the seconds that have passed, for a display.
     Raises WorkerUnavailable with the last lines of its output if it does not start.
     """
+    command = [sys.executable, "-m", "sglang_stream.cli", "serve", "--model-path", str(model_path)]
+    with _running(command, flags, "/readiness", start_timeout_s, waiting) as url:
+        yield url
+
+
+@contextmanager
+def running_sglang(
+    model_path: str | Path,
+    flags: Sequence[str] = (),
+    *,
+    streams: bool,
+    start_timeout_s: float = 600.0,
+    waiting: Callable[[float], None] = lambda seconds: None,
+) -> Iterator[str]:
+    """Starts SGLang's own server, without a router, and gives its address once it answers.
+
+    `streams`: with stream support, as `sglang-stream worker` starts it, or as it comes. The rest
+    is as for `running_server`.
+    """
+    ours, plain = ["sglang_stream.cli", "worker"], ["sglang.launch_server"]
+    command = [sys.executable, "-m", *(ours if streams else plain), "--model-path", str(model_path)]
+    with _running(command, flags, "/health", start_timeout_s, waiting) as url:
+        yield url
+
+
+@contextmanager
+def _running(
+    command: Sequence[str],
+    flags: Sequence[str],
+    ready_path: str,
+    start_timeout_s: float,
+    waiting: Callable[[float], None],
+) -> Iterator[str]:
+    """Runs a server on a free port, in a process group of its own, until it is left."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "sglang_stream.cli", "serve"]
-    command += ["--model-path", str(model_path), "--port", str(port), *flags]
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=_environment())
+        process = subprocess.Popen(
+            [*command, "--port", str(port), *flags],
+            stdout=output,
+            stderr=output,
+            env=_environment(),
+            start_new_session=True,
+        )
         try:
             started = time.monotonic()
-            while not _is_ready(url):
+            while not _is_ready(f"{url}{ready_path}"):
                 passed = time.monotonic() - started
                 if process.poll() is not None or passed > start_timeout_s:
                     output.seek(0)
@@ -69,20 +108,25 @@ def running_server(
         finally:
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _environment() -> dict[str, str]:
-    """Several threads of several processes on few cores get in each other's way; one is steady."""
-    return {"OMP_NUM_THREADS": "1", **os.environ}
+    """Several threads of several processes on few cores get in each other's way; one is steady.
+
+    Whether SGLang has stream support is decided by the command alone.
+    """
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment.pop(ENGINE_VARIABLE, None)
+    return environment
 
 
 def _is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readiness", timeout=5).status_code == 200
+        return httpx.get(url, timeout=5, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False

@@ -63,9 +63,10 @@ async def measure(
 
 
 def random_prompts(seed: object) -> list[list[int]]:
-    """The prompts of one round, of different lengths."""
+    """The prompts of one round, of different lengths; no two share their first token."""
     rng = random.Random(f"traffic/{seed}")
-    return [rng.choices(_TOKEN_IDS, k=rng.randint(*PROMPT_TOKENS)) for _ in range(REQUESTS)]
+    firsts = rng.sample(_TOKEN_IDS, REQUESTS)
+    return [[t, *rng.choices(_TOKEN_IDS, k=rng.randint(*PROMPT_TOKENS) - 1)] for t in firsts]
 
 
 async def _round(client: httpx.AsyncClient, prompts: Sequence[list[int]]) -> Row:

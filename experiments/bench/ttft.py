@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 from typing import Literal
 
@@ -55,14 +56,13 @@ class Prompt:
     chunks: list[list[int]]
     question: list[int]
 
-    @property
-    def prefix(self) -> list[int]:
-        """All but the last chunk and the question."""
-        return sum(self.chunks[:-1], [])
+    def context(self, count: int) -> list[int]:
+        """The tokens of the first `count` chunks."""
+        return list(chain.from_iterable(self.chunks[:count]))
 
     @property
     def ids(self) -> list[int]:
-        return [*sum(self.chunks, []), *self.question]
+        return [*self.context(CHUNKS), *self.question]
 
 
 def random_prompt(size: int, seed: object) -> Prompt:
@@ -96,7 +96,7 @@ async def measure(
                 for mode, pace in rotated(CELLS, repeat):
                     gap_s = (pace or 0) * prefill_s[size] / CHUNKS
                     await client.flush()
-                    answer = await _MEASURES[mode](client, prompt, gap_s)
+                    answer = await MEASURES[mode](client, prompt, gap_s)
                     add(
                         {
                             "bench": "ttft",
@@ -111,7 +111,9 @@ async def measure(
                     advance(_expected_s(prefill_s[size], pace))
 
 
-def rotated(cells: Sequence[tuple[Mode, float | None]], by: int) -> Iterator[tuple[Mode, float | None]]:
+def rotated(
+    cells: Sequence[tuple[Mode, float | None]], by: int
+) -> Iterator[tuple[Mode, float | None]]:
     """The cells from another one on each time, so that no mode always follows the same one."""
     yield from (cells[(i + by) % len(cells)] for i in range(len(cells)))
 
@@ -163,12 +165,13 @@ async def _waiting(client: MeasuredClient, prompt: Prompt, gap_s: float) -> Answ
 
 
 async def _limit(client: MeasuredClient, prompt: Prompt, gap_s: float) -> Answer:
-    await client.plain(prompt.prefix, 1)
+    prefix = prompt.context(CHUNKS - 1)
+    await client.plain(prefix, 1)
     answer = await client.plain(prompt.ids, ANSWER_TOKENS)
-    missing = len(prompt.prefix) - (answer.cached_tokens or 0)
+    missing = len(prefix) - (answer.cached_tokens or 0)
     if not 0 <= missing < _LARGEST_PAGE:
         raise EngineFailure(
-            f"{answer.cached_tokens} tokens of a prefix of {len(prompt.prefix)} were cached"
+            f"{answer.cached_tokens} tokens of a prefix of {len(prefix)} were cached"
         )
     return answer
 
@@ -186,52 +189,41 @@ async def _resending(client: MeasuredClient, prompt: Prompt, gap_s: float) -> An
     arrivals = _Arrivals(prompt.chunks, gap_s)
     arriving = asyncio.create_task(arrivals.run())
     try:
-        while not arrivals.complete:
+        while arrivals.count < CHUNKS:
             await arrivals.next()
-            if not arrivals.complete:
-                await client.plain(arrivals.ids, 1)
-        return await client.plain(
-            [*arrivals.ids, *prompt.question], ANSWER_TOKENS, t0=arrivals.last_at
-        )
+            if arrivals.count < CHUNKS:
+                await client.plain(prompt.context(arrivals.count), 1)
+        return await client.plain(prompt.ids, ANSWER_TOKENS, t0=arrivals.last_at)
     finally:
         arriving.cancel()
 
 
 class _Arrivals:
-    """Chunks that arrive while the client is busy. `last_at`: of the last one, as `t0` is taken."""
+    """Chunks that arrive while the client is busy: how many, and when the last one did."""
 
     def __init__(self, chunks: Sequence[list[int]], gap_s: float) -> None:
-        self._chunks = chunks
-        self._gap_s = gap_s
-        self._news = asyncio.Event()
-        self._count = 0
+        self.count = 0
         self.last_at = 0.0
+        self._paced = paced(chunks, gap_s)
+        self._news = asyncio.Event()
 
     async def run(self) -> None:
-        async for _ in paced(self._chunks, self._gap_s):
+        async for _ in self._paced:
             self.last_at = time.perf_counter()
-            self._count += 1
+            self.count += 1
             self._news.set()
 
     async def next(self) -> None:
-        """Waits for a chunk that came after the last call."""
+        """Waits until there is a chunk that came after the last call."""
         await self._news.wait()
         self._news.clear()
 
-    @property
-    def complete(self) -> bool:
-        return self._count == len(self._chunks)
 
-    @property
-    def ids(self) -> list[int]:
-        return sum(self._chunks[: self._count], [])
-
-
-_MEASURES: dict[Mode, Callable[[MeasuredClient, Prompt, float], Awaitable[Answer]]] = {
+MEASURES: dict[Mode, Callable[[MeasuredClient, Prompt, float], Awaitable[Answer]]] = {
     "waiting": _waiting,
-    "limit": _limit,
-    "streaming": _streaming,
     "re-sending": _resending,
+    "streaming": _streaming,
+    "limit": _limit,
 }
 
 
@@ -239,56 +231,51 @@ _MEASURES: dict[Mode, Callable[[MeasuredClient, Prompt, float], Awaitable[Answer
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """One line for each prompt size and pace, from the rows of one run."""
-    shown = Table(title="Time to first token after the last chunk, ms: median (worst)")
-    for heading in HEADINGS:
-        shown.add_column(heading, justify="right")
-    for size in sorted({row["size"] for row in rows}):
-        for pace in PACES:
-            shown.add_row(*_cells([row for row in rows if row["size"] == size], pace))
+    """A column for each prompt size and a block for each pace, from the rows of one run."""
+    sizes = sorted({row["size"] for row in rows})
+    shown = Table(title="Time to first token (TTFT) after the last of 8 chunks, median (worst)")
+    shown.add_column("")
+    for size in sizes:
+        shown.add_column(f"{size:,} tokens", justify="right")
+    for pace in PACES:
+        shown.add_row(f"[bold]chunks over {pace:g} x the prefill time[/]")
+        columns = [_column([row for row in rows if row["size"] == size], pace) for size in sizes]
+        for name in columns[0]:
+            shown.add_row(f"  {name}", *(column[name] for column in columns))
+        shown.add_section()
     shown.caption = (
-        "Ratios of medians with 95 % intervals. Limit: an ordinary request whose prefix is cached "
-        "up to the last chunk. Ready: tokens with KV at the seal of the stream."
+        "Limit: an ordinary request whose prefix is cached up to the last chunk. "
+        "Ratios of medians, with 95 % intervals."
     )
     return shown
 
 
-HEADINGS = (
-    "prompt",
-    "chunks over",
-    "waiting",
-    "re-sending",
-    "streaming",
-    "limit",
-    "ready",
-    "waiting / streaming",
-    "re-sending / streaming",
-    "streaming / limit",
-    f"at most {GOAL:g}",
-    "same tokens",
-)
-
-
-def _cells(rows: Sequence[Row], pace: float) -> Iterator[str]:
-    """Of one size and pace. Modes are paired by the repeat, in which they took turns."""
+def _column(rows: Sequence[Row], pace: float) -> dict[str, str]:
+    """The cells of one size and pace. Modes are paired by the repeat, in which they took turns."""
     by_mode = {
         mode: sorted(
             (row for row in rows if row["mode"] == mode and row["pace"] in (None, pace)),
             key=lambda row: int(row["repeat"]),
         )
-        for mode in _MEASURES
+        for mode in MEASURES
     }
     times = {mode: [float(row["ttft_s"]) for row in of] for mode, of in by_mode.items()}
+    ready = median(row["ready_tokens"] for row in by_mode["streaming"])
     to_limit = ratio_of_medians(times["streaming"], times["limit"])
-    yield f"{rows[0]['size']:,}"
-    yield f"{pace:g} x prefill"
-    for mode in ("waiting", "re-sending", "streaming", "limit"):
-        yield f"{median(times[mode]) * 1e3:,.0f} ({max(times[mode]) * 1e3:,.0f})"
-    yield f"{median(row['ready_tokens'] for row in by_mode['streaming']):,.0f}"
-    yield str(ratio_of_medians(times["waiting"], times["streaming"]))
-    yield str(ratio_of_medians(times["re-sending"], times["streaming"]))
-    yield str(to_limit)
-    yield verdict(to_limit.value <= GOAL) if pace == GOAL_PACE else ""
     answers = [[row["tokens"] for row in of] for of in by_mode.values()]
-    same = sum(all(a == same[0] for a in same) for same in zip(*answers, strict=True))
-    yield "yes" if same == len(times["waiting"]) else f"{same} of {len(times['waiting'])}"
+    same = sum(all(a == four[0] for a in four) for four in zip(*answers, strict=True))
+    cells = {
+        f"{mode}, ms": f"{median(of) * 1e3:,.0f} ({max(of) * 1e3:,.0f})"
+        for mode, of in times.items()
+    }
+    cells |= {
+        "tokens ready at the seal": f"{ready:,.0f}",
+        "waiting / streaming": str(ratio_of_medians(times["waiting"], times["streaming"])),
+        "re-sending / streaming": str(ratio_of_medians(times["re-sending"], times["streaming"])),
+        "streaming / limit": str(to_limit),
+    }
+    if pace == GOAL_PACE:
+        cells[f"  at most {GOAL:g}"] = verdict(to_limit.value <= GOAL)
+    repeats = len(times["waiting"])
+    cells["same tokens in all four"] = "yes" if same == repeats else f"{same} of {repeats}"
+    return cells

@@ -25,7 +25,15 @@ from sglang_stream.engine.passes import build_pass, ticket_of
 from sglang_stream.engine.seal import refuse, seal, seal_call
 from sglang_stream.engine.table import Limits, Stream, StreamTable
 from sglang_stream.errors import StreamError
-from sglang_stream.policy import Decision, FullView, PoolView, choose_victims, plan, rank
+from sglang_stream.policy import (
+    Decision,
+    FullView,
+    PoolView,
+    StreamView,
+    choose_victims,
+    plan,
+    rank,
+)
 
 _CLIP_MAX_NEW = 4096  # SGLang reserves at most this many decode tokens for a request
 _EXPIRY_INTERVAL_S = 0.25
@@ -50,6 +58,7 @@ class StreamEngine:
         self._page = scheduler.page_size
         self.table = StreamTable(scheduler.tree_cache, limits, metrics)
         self._passes_built = 0
+        self._running_passes = 0
         self._decode_is_due = False
         self._next_expiry_s = 0.0
         self._sealed_at: dict[str, float] = {}
@@ -157,9 +166,9 @@ class StreamEngine:
         SGLang ends a request in many places (queue limits, time-outs, aborts); rather than hooking
         each one, the request itself is looked at.
         """
-        sealed = [s for s in self.table.live.values() if s.session.state == "sealed"]
-        if not sealed:
+        if len(self.table.live) == self.table.open_count:
             return
+        sealed = [s for s in self.table.live.values() if s.session.state == "sealed"]
         scheduler = self._scheduler
         queued = {id(r) for r in scheduler.waiting_queue}
         queued.update(id(r) for r in scheduler.grammar_manager.grammar_queue)
@@ -202,6 +211,8 @@ class StreamEngine:
 
     def make_room_to_decode(self, batch: ScheduleBatch) -> None:
         """Unlocks victims if the next decode step would not fit, before SGLang retracts anybody."""
+        if not self.table.held_tokens:
+            return
         need = batch.new_tokens_required_next_decode()
         deficit = need - self._free_and_evictable()
         if deficit > 0:
@@ -235,9 +246,8 @@ class StreamEngine:
         return [r for r in queue if id(r) in waiting]
 
     def _decide(self, running_batch: ScheduleBatch) -> Decision:
-        views = self._views()
         full = self._full_views(running_batch)
-        if not views:
+        if not full and not self._wants_pass():
             return Decision()
         # After an iteration of passes alone the running requests decode once: they are full.
         if self._decode_is_due and not running_batch.is_empty():
@@ -245,10 +255,21 @@ class StreamEngine:
         else:
             budget = self._config.pass_tokens
         return plan(
-            full, views, self._pool_view(running_batch), pass_tokens=budget, page_size=self._page
+            full,
+            self._views(),
+            self._pool_view(running_batch),
+            pass_tokens=budget,
+            page_size=self._page,
         )
 
-    def _views(self) -> list[Any]:
+    def _wants_pass(self) -> bool:
+        """Whether any stream has something to compute; idle ones must not cost each decode step."""
+        return any(
+            s.held < s.cacheable(self._page) and not s.in_flight and s.session.state == "open"
+            for s in self.table.live.values()
+        )
+
+    def _views(self) -> list[StreamView]:
         views = (s.view(self._page) for s in self.table.live.values() if not s.in_flight)
         return [v for v in views if v.held or v.missing]
 
@@ -294,7 +315,7 @@ class StreamEngine:
             stream = self.table.live[chosen.stream_id]
             if stream.hold is None:
                 self.table.hold_cached(stream)
-                if not stream.view(self._page).missing:
+                if stream.held >= stream.cacheable(self._page):
                     continue
             self._passes_built += 1
             passes.append(build_pass(self._scheduler, stream, chosen.tokens, self._passes_built))
@@ -304,6 +325,7 @@ class StreamEngine:
         tickets = [t for r in batch.reqs if (t := ticket_of(r))] if batch is not None else []
         for ticket in tickets:
             ticket.stream.in_flight = True
+        self._running_passes += len(tickets)
         self._decode_is_due = (
             bool(tickets) and batch is not None and len(tickets) == len(batch.reqs)
         )
@@ -312,6 +334,8 @@ class StreamEngine:
 
     def finish(self, requests: list[Req]) -> list[Req]:
         """Completes the passes among requests with output; returns the others."""
+        if not self.table.live and not self._running_passes:
+            return requests
         others: list[Req] = []
         for request in requests:
             ticket = ticket_of(request)
@@ -320,6 +344,7 @@ class StreamEngine:
                 self._first_token(request)
             elif request.finished() and not request.finished_output:
                 request.finished_output = True
+                self._running_passes -= 1
                 self.table.pass_done(ticket.stream, ticket.ids, ticket.start)
                 self._metrics.passes.inc()
                 self._metrics.pass_tokens.inc(len(ticket.ids) - ticket.start)
@@ -342,6 +367,5 @@ class StreamEngine:
             self._metrics.ttft.observe(time.perf_counter() - sealed_at)
 
     def _measure(self) -> None:
-        streams = self.table.live.values()
-        self._metrics.open.set(sum(s.session.state == "open" for s in streams))
-        self._metrics.held.set(sum(s.held for s in streams))
+        self._metrics.open.set(self.table.open_count)
+        self._metrics.held.set(self.table.held_tokens)

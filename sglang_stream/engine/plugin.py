@@ -161,7 +161,8 @@ class StreamPlugin:
         _result: None, _policy: Any, waiting_queue: list[Req], *_args: Any, **_kwargs: Any
     ) -> None:
         """Whatever order SGLang gave its queue, full requests go before passes."""
-        waiting_queue.sort(key=lambda r: ticket_of(r) is not None)
+        if any(map(ticket_of, waiting_queue)):
+            waiting_queue.sort(key=lambda r: ticket_of(r) is not None)
 
     @staticmethod
     def _admit(original: Any, adder: Any, request: Req, *args: Any, **kwargs: Any) -> Any:

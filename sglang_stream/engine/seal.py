@@ -48,11 +48,8 @@ def seal(
     length = len(stream.tokens) + len(call.tail)
     params = request.sampling_params
     params.max_new_tokens = _checked_max_new(length, params.max_new_tokens, scheduler)
-    stream.session.seal()
-    stream.rid = request.rid
-    stream.usage.ready_tokens = stream.held
     params.custom_params = {k: v for k, v in params.custom_params.items() if k != SEAL_KEY} or None
-    request.input_ids = stream.tokens + array("q", call.tail)
+    request.input_ids = table.seal(stream, request.rid) + array("q", call.tail)
     return stream
 
 

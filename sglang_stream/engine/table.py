@@ -74,13 +74,16 @@ class Stream:
     def held(self) -> int:
         return self.hold.length if self.hold is not None else 0
 
+    def cacheable(self, page_size: int) -> int:
+        """Tokens that fill whole pages, the only ones that the tree keeps."""
+        return len(self.tokens) - len(self.tokens) % page_size
+
     def view(self, page_size: int) -> StreamView:
-        """How the planner sees it. Only whole pages can be cached."""
-        length = len(self.tokens)
+        """How the planner sees it."""
         return StreamView(
             stream_id=self.session.stream_id,
             arrival=self.arrival,
-            cacheable=length - length % page_size,
+            cacheable=self.cacheable(page_size),
             held=self.held,
             sealed=self.session.state == "sealed",
             preempted=self.preempted,
@@ -96,10 +99,9 @@ class StreamTable:
         self._metrics = metrics
         self._arrivals = 0
         self.live: dict[str, Stream] = {}
+        self.open_count = 0
+        self.held_tokens = 0
         self._finished: OrderedDict[str, m.Status] = OrderedDict()
-
-    def open_streams(self) -> list[Stream]:
-        return [s for s in self.live.values() if s.session.state == "open"]
 
     def get(self, stream_id: str) -> Stream:
         """The live stream of that id. Raises StreamNotFound; StreamSealed if it has finished."""
@@ -136,7 +138,7 @@ class StreamTable:
             if known.session.seq or known.opening != opening or known.session.mode != event.mode:
                 raise SequenceConflict(f"stream {event.stream_id} is already open: take a new id")
             return m.Accepted(0, len(known.tokens))
-        if len(self.open_streams()) >= self._limits.streams:
+        if self.open_count >= self._limits.streams:
             raise LimitReached(
                 f"this worker has {self._limits.streams} open streams: try again when one is done",
                 retry_after=1,
@@ -151,6 +153,7 @@ class StreamTable:
             last_event_s=now,
         )
         self.live[event.stream_id] = stream
+        self.open_count += 1
         self.hold_cached(stream)
         return m.Accepted(0, len(opening))
 
@@ -185,10 +188,19 @@ class StreamTable:
         return m.Accepted(event.seq, len(stream.tokens), lcp)
 
     def drop(self, stream: Stream) -> None:
-        """Forgets a stream that was aborted or has expired."""
+        """Forgets an open stream that was aborted or has expired."""
         self.release(stream)
         stream.session.abort()
+        self.open_count -= 1
         del self.live[stream.session.stream_id]
+
+    def seal(self, stream: Stream, rid: str) -> array[int]:
+        """Ends the context; the request `rid` generates from the tokens returned."""
+        stream.session.seal()
+        stream.rid = rid
+        stream.usage.ready_tokens = stream.held
+        self.open_count -= 1
+        return stream.tokens
 
     def finish(self, stream: Stream) -> None:
         """Ends a sealed stream whose generation is over; its state can be asked for a while."""
@@ -202,6 +214,7 @@ class StreamTable:
 
     def release(self, stream: Stream) -> None:
         """Unlocks a stream's KV, which stays cached until it is evicted."""
+        self.held_tokens -= stream.held
         self._cache.release(stream.hold)
         stream.hold = None
 
@@ -212,8 +225,10 @@ class StreamTable:
         self._metrics.preemptions.inc()
 
     def hold_cached(self, stream: Stream) -> None:
-        """Takes what the tree has of the prompt already, another stream's prefix for example."""
+        """Holds all that the tree has of the prompt, also what another stream computed."""
+        self.held_tokens -= stream.held
         stream.hold = self._cache.take(stream.tokens, len(stream.tokens), stream.hold)
+        self.held_tokens += stream.held
 
     def forget_kv(self) -> None:
         """Unlocks everything, before the cache is flushed; open streams are computed anew."""
@@ -237,8 +252,8 @@ class StreamTable:
         stream.usage.computed_tokens += len(ids) - start
         lcp = common_prefix(stream.tokens, ids)
         done = self._cache.take(ids, len(ids))
-        if stream.session.state != "aborted":
-            stream.hold = self._cache.take(stream.tokens, len(stream.tokens), stream.hold)
+        if self.live.get(stream.session.stream_id) is stream:
+            self.hold_cached(stream)
         self._cache.release(done)
         if lcp < len(ids):
             self._invalidated(stream, len(ids) - max(lcp, start))
@@ -248,7 +263,7 @@ class StreamTable:
     def _replace(self, stream: Stream, tokens: array[int], lcp: int) -> None:
         """Puts an update's prompt in. The dead branch is freed up to what others share."""
         old, stream.tokens = stream.hold, tokens
-        stream.hold = self._cache.take(tokens, len(tokens), old)
+        self.hold_cached(stream)
         if old is not None and old.length > lcp:
             self._invalidated(stream, old.length - lcp)
             self._cache.prune(old.node, stream.hold)

@@ -128,9 +128,7 @@ def test_abort_at_every_stage(worker: Worker, stage: str) -> None:
             worker.abort(stream)
             text = "".join(lines)
         assert '"type":"abort"' in text
-        wait_until(
-            lambda: worker.status(stream).state == "finished", 30, "the generation to end"
-        )
+        wait_until(lambda: worker.status(stream).state == "finished", 30, "the generation to end")
     else:
         worker.abort(stream)
         with pytest.raises(StreamNotFound):
@@ -144,9 +142,10 @@ def test_a_client_that_vanishes_during_the_answer(worker: Worker) -> None:
     stream = worker.open("append")
     worker.append(stream, 1, tokens("vanish", 100))
     body = {**worker.body(stream, [], 1500, 1), "stream": True}
-    with httpx.Client(base_url=worker.url) as client, client.stream(
-        "POST", "/generate", json=body
-    ) as response:
+    with (
+        httpx.Client(base_url=worker.url) as client,
+        client.stream("POST", "/generate", json=body) as response,
+    ):
         next(response.iter_lines())
     wait_until(lambda: worker.status(stream).state == "finished", 30, "the generation to end")
 
@@ -194,9 +193,10 @@ def test_empty_chunks_and_documents(worker: Worker) -> None:
     worker.update(stream, 1, tokens("docs", 100))
     worker.idle(stream, 130)
     assert worker.update(stream, 2, []) == m.Accepted(2, 30, 30)
-    assert worker.seal(stream, [5], last_seq=2).tokens == worker.cold(
-        [*tokens("opening", 30), 5]
-    ).tokens
+    assert (
+        worker.seal(stream, [5], last_seq=2).tokens
+        == worker.cold([*tokens("opening", 30), 5]).tokens
+    )
 
     stream = worker.open("append")
     with pytest.raises(InvalidRequest, match="empty"):

@@ -98,6 +98,7 @@ class Rig:
         cache, allocator = self.cache, self.allocator
         total = allocator.available_size() + cache.evictable_size() + cache.protected_size()
         assert total == POOL
+        assert self.table.held_tokens == sum(s.held for s in self.table.live.values())
         for stream in self.table.live.values():
             match = cache.match_prefix(MatchPrefixParams(key=RadixKey(stream.tokens)))
             held = self.content[match.device_indices[: stream.held]].tolist()
@@ -160,6 +161,19 @@ def test_an_abort_during_a_pass_leaves_nothing_locked() -> None:
     rig.check()
 
 
+def test_a_generation_that_ends_during_the_last_pass_leaves_nothing_locked() -> None:
+    rig = Rig()
+    stream = rig.open("a", "append")
+    rig.append("a", 1, range(100))
+    started = rig.start(stream, 100)
+    rig.table.seal(stream, "rid")
+    rig.table.finish(stream)
+    rig.end(started)
+    assert rig.cache.protected_size() == 0
+    assert (rig.table.open_count, rig.table.held_tokens) == (0, 0)
+    rig.check()
+
+
 def test_a_preempted_stream_finds_again_what_was_not_evicted() -> None:
     rig = Rig()
     stream = rig.open("a", "append")
@@ -211,7 +225,7 @@ def test_idle_streams_expire_and_finished_ones_are_remembered() -> None:
     rig.append("a", 1, [1], now=5.0)
     assert rig.table.expired(15.0) == []
     assert rig.table.expired(15.1) == ["a"]
-    stream.session.seal()
+    rig.table.seal(stream, "rid")
     assert rig.table.expired(99.0) == []
     rig.table.finish(stream)
     assert rig.table.status("a").state == "finished"

@@ -40,9 +40,7 @@ def test_oracle(log_dir: Path, name: str) -> None:
     config = EngineConfig(pass_tokens=200)
     flags = ("--context-length", "4000", "--max-total-tokens", "6000", *flags)
     environment = ENVIRONMENT.get(name, {})
-    with running_worker(
-        log_dir / f"{name}.log", *flags, config=config, **environment
-    ) as worker:
+    with running_worker(log_dir / f"{name}.log", *flags, config=config, **environment) as worker:
         _appends(worker)
         worker.flush()
         _updates(worker)
