@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from io import StringIO
+from itertools import pairwise
 
 from rich.console import Console
 
@@ -45,7 +46,7 @@ def test_pairs_that_differ_are_not_hidden() -> None:
 
 def test_the_search_changes_five_times_and_flips_back_once() -> None:
     assert len(SEARCH_LISTS) == 6
-    assert all(a != b for a, b in zip(SEARCH_LISTS, SEARCH_LISTS[1:], strict=False))
+    assert all(a != b for a, b in pairwise(SEARCH_LISTS))
     assert SEARCH_LISTS[3] == SEARCH_LISTS[1]
     assert {len(ranks) for ranks in SEARCH_LISTS} == {8}
     assert all(len(set(ranks)) == 8 and max(ranks) < 12 for ranks in SEARCH_LISTS)
