@@ -1,8 +1,11 @@
-"""Ordinary OpenAI calls, passed to the worker and back as they are."""
+"""Ordinary OpenAI calls, passed to the worker and back as they are, but for the shape of errors."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
+import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
@@ -84,9 +87,25 @@ class ForwardedAnswer(Response):
 async def _pass_on(answer: httpx.Response, send: Send) -> None:
     headers = [(k.lower(), v) for k, v in answer.headers.raw if _passed(k.decode("latin-1"))]
     await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
+    if answer.is_error:
+        body = b"".join([part async for part in answer.aiter_raw()])
+        await send({"type": "http.response.body", "body": _in_openai_shape(body)})
+        return
     async for part in answer.aiter_raw():
         await send({"type": "http.response.body", "body": part, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _in_openai_shape(body: bytes) -> bytes:
+    """The body of an error, with the object around it that SGLang leaves out in most."""
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return body
+    if "error" in fields or "message" not in fields:
+        return body
+    fields.pop("object", None)
+    return msgspec.json.encode({"error": fields})
 
 
 def _passed(header: str) -> bool:

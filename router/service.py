@@ -249,9 +249,7 @@ class StreamService:
 
     async def refresh(self, stream_id: str) -> Stream:
         """The stream, as the worker sees it now. Raises StreamNotFound, WorkerUnavailable."""
-        stream = self.streams.get(stream_id)
-        if stream.state == "aborted":
-            raise unknown(stream_id)
+        stream = self._present(stream_id)
         try:
             status = await self.worker.status(stream_id)
         except StreamNotFound:
@@ -259,6 +257,7 @@ class StreamService:
                 return stream
             self.streams.forget(stream)
             raise
+        self._present(stream_id)  # its client may have left while the worker was asked
         stream.state, stream.usage = status.state, status.usage
         stream.seq, stream.tokens = status.seq, status.tokens
         stream.touch()
@@ -292,6 +291,13 @@ class StreamService:
             self.streams.forget(stream)
             if stream.generation is not None:
                 stream.generation.stop(unknown(stream.id))
+
+    def _present(self, stream_id: str) -> Stream:
+        """The stream. Raises StreamNotFound, also if its generation was given up."""
+        stream = self.streams.get(stream_id)
+        if stream.state == "aborted":
+            raise unknown(stream_id)
+        return stream
 
     def _ready(self) -> tuple[WorkerInfo, PromptBuilder]:
         info = self.worker.info

@@ -30,6 +30,8 @@ from sglang_stream.session import Session, Verdict
 
 USAGE = m.Usage(chunks=3, updates=1, lcp_tokens=7, computed_tokens=11, ready_tokens=10)
 
+QUERY = -2
+
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
@@ -66,7 +68,8 @@ class FakeStream:
 class FakeWorker:
     """What a test sets and what it finds afterwards.
 
-    `script`: the cumulative texts of an answer, one event each; `gates[i]` holds event i back.
+    `script`: the cumulative texts of an answer, one event each; `gates[i]` holds event i back,
+    `gates[QUERY]` the answers to queries; `heard`: what came at the socket, answered or not.
     `finish`: the reason of the last event. `answers`: whether the socket answers at all.
     """
 
@@ -87,6 +90,7 @@ class FakeWorker:
     forwarded: list[dict[str, Any]] = field(default_factory=list)
     flushes: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    heard: list[m.Question] = field(default_factory=list)
     events: list[m.Event] = field(default_factory=list)
     endpoint: str = ""
 
@@ -121,10 +125,14 @@ class FakeWorker:
     async def _answer_all(self, socket: Any) -> None:
         while True:
             peer, call_id, payload = await socket.recv_multipart()
+            question = m.decode_question(payload)
+            self.heard.append(question)
             if not self.answers:
                 continue
+            if isinstance(question, m.Query):
+                await self._pass(QUERY)
             try:
-                answer = self._answer(m.decode_question(payload))
+                answer = self._answer(question)
             except StreamError as e:
                 answer = m.Refused(e.code, e.message, e.param, e.expected_seq, e.retry_after)
             await socket.send_multipart([peer, call_id, m.encode(answer)])
@@ -233,8 +241,8 @@ class FakeWorker:
     async def _forwarded(self, request: Request) -> Response:
         body = await request.json()
         self.forwarded.append({"headers": dict(request.headers), "body": body})
-        if body.get("bad"):
-            return Response(b'{"object":"error"}', 400, {"X-Kept": "yes"}, "application/json")
+        if "bad" in body:
+            return Response(body["bad"], 400, {"X-Kept": "yes"}, "application/json")
         if not body.get("stream"):
             passing = asyncio.ensure_future(self._pass(0))
             while not passing.done():

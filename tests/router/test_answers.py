@@ -15,7 +15,7 @@ import pytest
 from router.generation import Generation
 from sglang_stream import messages as m
 from tests.router.conftest import call_and_leave, error_of, opened, until
-from tests.router.fake_worker import FakeWorker
+from tests.router.fake_worker import QUERY, FakeWorker
 
 CHAT: dict[str, Any] = {"messages": []}
 STREAM_USAGE = {
@@ -413,6 +413,25 @@ def test_a_client_gone_after_the_first_token_ends_it(
     until(lambda: worker.cut == [worker.seals[0]["rid"]])
     again = error_of(generate(client, stream, request_id="r"), 409)
     assert again["code"] == "generation_started"
+
+
+def test_a_look_during_which_the_client_leaves(client: httpx.Client, worker: FakeWorker) -> None:
+    """The worker's answer is older than the end, and does not bring the stream back."""
+    gate(worker, 1)
+    stream = opened(client)
+    url = f"/v1/streams/{stream}/generate"
+    with ThreadPoolExecutor(1) as pool:
+        with client.stream("POST", url, json={"stream": True}) as answer:
+            lines = answer.iter_lines()
+            assert "Hel" in next(lines)
+            until(lambda: m.Query(stream) in worker.events)
+            (query,) = gate(worker, QUERY)
+            looking = pool.submit(client.get, f"/v1/streams/{stream}")
+            until(lambda: worker.heard.count(m.Query(stream)) == 2)
+        until(lambda: worker.cut == [worker.seals[0]["rid"]])
+        query.set()
+        error_of(looking.result(), 404)
+    error_of(client.get(f"/v1/streams/{stream}"), 404)
 
 
 def test_two_readers_one_leaves(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import httpx
@@ -22,10 +23,18 @@ def test_an_answer_comes_back_as_it_is(client: httpx.Client, worker: FakeWorker)
     assert seen["headers"]["host"] != client.base_url.netloc.decode()
 
 
-def test_an_error_of_the_worker_comes_back_as_it_is(client: httpx.Client) -> None:
-    answer = client.post("/v1/chat/completions", json={"bad": True})
-    assert (answer.status_code, answer.text) == (400, '{"object":"error"}')
+def test_an_error_of_the_worker_gets_openais_shape(client: httpx.Client) -> None:
+    fields = {"message": "too long", "type": "BadRequestError", "param": None, "code": 400}
+    bad = json.dumps({"object": "error", **fields})
+    answer = client.post("/v1/chat/completions", json={"bad": bad})
+    assert (answer.status_code, answer.json()) == (400, {"error": fields})
     assert answer.headers["x-kept"] == "yes"
+
+
+@pytest.mark.parametrize("bad", ['{"error":{"message":"no"}}', '{"detail":"no"}', "[]", "no", ""])
+def test_other_errors_of_the_worker_come_back_as_they_are(client: httpx.Client, bad: str) -> None:
+    answer = client.post("/v1/chat/completions", json={"bad": bad})
+    assert (answer.status_code, answer.text) == (400, bad)
 
 
 def test_models(client: httpx.Client) -> None:
