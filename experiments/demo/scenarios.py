@@ -12,17 +12,18 @@ from retrieval_clients import CrawlSettings, PageError, crawl
 from sglang_stream.errors import StreamError
 
 QUESTION = "Which of these modules would you use to compare two files, and how?"
-SEARCH_STEP_S = 2.0
+SEARCH_STEP_S = 2.5
 # Documents by their rank, each line what the search knows one step later: it inserts 8, then 9,
 # flips back, and settles the lower ranks.
 SEARCH_LISTS = (
     (0, 1, 2, 3, 4, 5, 6, 7),
     (0, 1, 8, 2, 3, 4, 5, 6),
-    (0, 1, 8, 2, 9, 3, 4, 5),
+    (0, 1, 8, 2, 3, 9, 4, 5),
     (0, 1, 8, 2, 3, 4, 5, 6),
-    (0, 1, 8, 2, 3, 10, 4, 5),
-    (0, 1, 8, 2, 3, 10, 11, 4),
+    (0, 1, 8, 2, 3, 4, 10, 5),
+    (0, 1, 8, 2, 3, 4, 10, 11),
 )
+
 
 Retrieve = Callable[[], AsyncIterator[Any]]
 

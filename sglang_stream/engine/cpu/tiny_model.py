@@ -37,21 +37,21 @@ from tokenizers import (
 
 from sglang_stream.engine.cpu.corpus import paragraphs
 
-VERSION = 1
+VERSION = 2
 """Of the bytes written with one seed; part of the cache folder's name."""
 
 VOCABULARY = 8192
 CONTEXT = 32768
 HIDDEN = 512
-INTERMEDIATE = 3072
-LAYERS = 4
-HEADS = 8
+INTERMEDIATE = 4608
+LAYERS = 3
+HEADS = 4
 KV_HEADS = 2
 HEAD_DIM = 64
 
 # Standard deviations of the weights, as multiples of 1 / sqrt(inputs). Query and key make an
-# attention logit of standard deviation 5; the output projection makes up for averaged values.
-_SCALES = {"q_proj": 5**0.5, "k_proj": 5**0.5, "o_proj": 4.0, "down_proj": 0.5}
+# attention logit of standard deviation 4; the output projection makes up for averaged values.
+_SCALES = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 4.0, "down_proj": 0.5}
 
 _PARAGRAPHS = 6000
 _BOS, _EOS, _TURN, _TURN_END = "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"
