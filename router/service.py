@@ -275,6 +275,8 @@ class StreamService:
         try:
             if stream.state != "finished":
                 await self.worker.ask(Abort(stream_id))
+        except StreamSealed:
+            pass  # its generation has ended there, perhaps because its connection was closed here
         except StreamNotFound:
             if not was_sealed:
                 self.streams.forget(stream)

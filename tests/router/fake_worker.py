@@ -25,7 +25,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 from sglang_stream import messages as m
-from sglang_stream.errors import StreamError, StreamNotFound
+from sglang_stream.errors import StreamError, StreamNotFound, StreamSealed
 from sglang_stream.session import Session, Verdict
 
 USAGE = m.Usage(chunks=3, updates=1, lcp_tokens=7, computed_tokens=11, ready_tokens=10)
@@ -159,6 +159,8 @@ class FakeWorker:
                     session.stream_id, session.mode, session.state, session.seq, length, USAGE
                 )
             case m.Abort():
+                if stream.session.state == "finished":
+                    raise StreamSealed(f"stream {question.stream_id} has ended")
                 del self.streams[question.stream_id]
                 return m.Accepted(stream.session.seq, 0)
             case m.Append() | m.Update():

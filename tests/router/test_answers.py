@@ -481,3 +481,15 @@ def test_delete_before_the_first_token(client: httpx.Client, worker: FakeWorker)
         assert client.delete(f"/v1/streams/{stream}").status_code == 200
         error_of(waiting.result(), 404)
     until(lambda: worker.cut)
+
+
+def test_delete_when_the_worker_is_done_already(client: httpx.Client, worker: FakeWorker) -> None:
+    gate(worker, 1)
+    stream = opened(client)
+    url = f"/v1/streams/{stream}/generate"
+    with client.stream("POST", url, json={"stream": True}) as answer:
+        lines = answer.iter_lines()
+        assert "Hel" in next(lines)
+        worker.streams[stream].session.finish()
+        assert client.delete(f"/v1/streams/{stream}").status_code == 200
+    error_of(client.get(f"/v1/streams/{stream}"), 404)
