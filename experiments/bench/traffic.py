@@ -24,7 +24,7 @@ from sglang_stream.errors import EngineFailure
 Server = Literal["plain", "streams"]
 
 GOAL = 0.98
-REQUESTS = 24
+REQUESTS = 16
 CONCURRENCY = 4
 PROMPT_TOKENS = (200, 800)
 ANSWER_TOKENS = 32

@@ -17,7 +17,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from statistics import median
 from typing import Literal
@@ -37,14 +37,7 @@ ANSWER_TOKENS = 16
 PACES = (1.5, 0.5)
 GOAL = 1.3
 GOAL_PACE = 1.5
-# What needs no chunks over time is measured once for both paces.
-CELLS: tuple[tuple[Mode, float | None], ...] = (
-    ("waiting", None),
-    ("limit", None),
-    *(("streaming", pace) for pace in PACES),
-    *(("re-sending", pace) for pace in PACES),
-)
-_PREFILLS = 3
+_PREFILLS = 2
 _LARGEST_PAGE = 128
 _TOKEN_IDS = range(300, 4000)
 
@@ -72,6 +65,37 @@ def random_prompt(size: int, seed: object) -> Prompt:
     return Prompt(chunks, rng.choices(_TOKEN_IDS, k=QUESTION_TOKENS))
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One measurement. `pace`: None where chunks are not waited for one by one."""
+
+    size: int
+    repeat: int
+    mode: Mode
+    pace: float | None = None
+
+    def expected_s(self, prefill_s: float) -> float:
+        """Roughly how long it takes where a prefill takes `prefill_s`."""
+        return prefill_s * (1.1 if self.pace is None else max(self.pace, 1) + 0.25)
+
+
+def schedule(sizes: Sequence[int], repeats: int) -> Iterator[Cell]:
+    """All measurements, in their order.
+
+    Modes take turns, each beginning in another repeat. The paces without a goal are measured in
+    every second repeat. Waiting and the limit are the same for all paces.
+    """
+    for repeat in range(repeats):
+        paces = [pace for pace in PACES if pace == GOAL_PACE or repeat % 2 == 0]
+        for size in sizes:
+            cells = [Cell(size, repeat, "waiting"), Cell(size, repeat, "limit")]
+            for pace in paces:
+                cells.append(Cell(size, repeat, "streaming", pace))
+                cells.append(Cell(size, repeat, "re-sending", pace))
+            first = repeat % len(cells)
+            yield from cells[first:] + cells[:first]
+
+
 async def measure(
     url: str,
     sizes: Sequence[int],
@@ -87,48 +111,28 @@ async def measure(
     each part that is done. Raises EngineFailure where a measurement is not what it should be:
     something cached that must not be, or not cached that must be, or another prompt.
     """
+    cells = list(schedule(sizes, repeats))
     async with MeasuredClient(url) as client:
+        await client.plain(random_prompt(min(sizes), f"{seed}/warm-up").ids, ANSWER_TOKENS)
         prefill_s = {size: await _prefill_s(client, size, seed) for size in sizes}
-        plan(repeats * sum(_expected_s(prefill_s[s], pace) for s in sizes for _, pace in CELLS))
-        for size in sizes:
-            for repeat in range(repeats):
-                prompt = random_prompt(size, f"{seed}/{repeat}")
-                for mode, pace in rotated(CELLS, repeat):
-                    gap_s = (pace or 0) * prefill_s[size] / CHUNKS
-                    await client.flush()
-                    answer = await MEASURES[mode](client, prompt, gap_s)
-                    add(
-                        {
-                            "bench": "ttft",
-                            "size": size,
-                            "repeat": repeat,
-                            "mode": mode,
-                            "pace": pace,
-                            "gap_s": gap_s,
-                            **_fields(answer),
-                        }
-                    )
-                    advance(_expected_s(prefill_s[size], pace))
-
-
-def rotated(
-    cells: Sequence[tuple[Mode, float | None]], by: int
-) -> Iterator[tuple[Mode, float | None]]:
-    """The cells from another one on each time, so that no mode always follows the same one."""
-    yield from (cells[(i + by) % len(cells)] for i in range(len(cells)))
+        plan(sum(cell.expected_s(prefill_s[cell.size]) for cell in cells))
+        for cell in cells:
+            prompt = random_prompt(cell.size, f"{seed}/{cell.repeat}")
+            gap_s = (cell.pace or 0) * prefill_s[cell.size] / CHUNKS
+            await client.flush()
+            answer = await MEASURES[cell.mode](client, prompt, gap_s)
+            add({"bench": "ttft", **asdict(cell), "gap_s": gap_s, **_fields(answer)})
+            advance(cell.expected_s(prefill_s[cell.size]))
 
 
 async def _prefill_s(client: MeasuredClient, size: int, seed: int) -> float:
-    """Median seconds from a waiting request to its first token. The first ones warm up, too."""
+    """Seconds from a waiting request to its first token, the least of some: the pace must not
+    become easier because the machine was busy."""
     times: list[float] = []
     for i in range(_PREFILLS):
         await client.flush()
         times.append((await client.plain(random_prompt(size, f"{seed}/prefill/{i}").ids, 1)).ttft_s)
-    return median(times)
-
-
-def _expected_s(prefill_s: float, pace: float | None) -> float:
-    return prefill_s * (1.2 if pace is None else max(pace, 1) + 0.5)
+    return min(times)
 
 
 def _fields(answer: Answer) -> Row:
@@ -232,16 +236,16 @@ MEASURES: dict[Mode, Callable[[MeasuredClient, Prompt, float], Awaitable[Answer]
 
 def table(rows: Sequence[Row]) -> Table:
     """A column for each prompt size and a block for each pace, from the rows of one run."""
-    sizes = sorted({row["size"] for row in rows})
     shown = Table(title="Time to first token (TTFT) after the last of 8 chunks, median (worst)")
     shown.add_column("")
+    sizes = sorted({row["size"] for row in rows})
     for size in sizes:
         shown.add_column(f"{size:,} tokens", justify="right")
     for pace in PACES:
         shown.add_row(f"[bold]chunks over {pace:g} x the prefill time[/]")
         columns = [_column([row for row in rows if row["size"] == size], pace) for size in sizes]
-        for name in columns[0]:
-            shown.add_row(f"  {name}", *(column[name] for column in columns))
+        for name in dict.fromkeys(chain.from_iterable(columns)):
+            shown.add_row(f"  {name}", *(column.get(name, "") for column in columns))
         shown.add_section()
     shown.caption = (
         "Limit: an ordinary request whose prefix is cached up to the last chunk. "
@@ -251,19 +255,19 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _column(rows: Sequence[Row], pace: float) -> dict[str, str]:
-    """The cells of one size and pace. Modes are paired by the repeat, in which they took turns."""
+    """The cells of one size and pace, from the repeats in which all modes were measured; none
+    without such a repeat."""
     by_mode = {
-        mode: sorted(
-            (row for row in rows if row["mode"] == mode and row["pace"] in (None, pace)),
-            key=lambda row: int(row["repeat"]),
-        )
+        mode: {r["repeat"]: r for r in rows if r["mode"] == mode and r["pace"] in (None, pace)}
         for mode in MEASURES
     }
-    times = {mode: [float(row["ttft_s"]) for row in of] for mode, of in by_mode.items()}
-    ready = median(row["ready_tokens"] for row in by_mode["streaming"])
+    repeats = sorted(set[int].intersection(*(set(of) for of in by_mode.values())))
+    if not repeats:
+        return {}
+    times = {mode: [float(of[i]["ttft_s"]) for i in repeats] for mode, of in by_mode.items()}
     to_limit = ratio_of_medians(times["streaming"], times["limit"])
-    answers = [[row["tokens"] for row in of] for of in by_mode.values()]
-    same = sum(all(a == four[0] for a in four) for four in zip(*answers, strict=True))
+    ready = median(by_mode["streaming"][i]["ready_tokens"] for i in repeats)
+    same = sum(len({tuple(of[i]["tokens"]) for of in by_mode.values()}) == 1 for i in repeats)
     cells = {
         f"{mode}, ms": f"{median(of) * 1e3:,.0f} ({max(of) * 1e3:,.0f})"
         for mode, of in times.items()
@@ -276,6 +280,8 @@ def _column(rows: Sequence[Row], pace: float) -> dict[str, str]:
     }
     if pace == GOAL_PACE:
         cells[f"  at most {GOAL:g}"] = verdict(to_limit.value <= GOAL)
-    repeats = len(times["waiting"])
-    cells["same tokens in all four"] = "yes" if same == repeats else f"{same} of {repeats}"
+    cells["same tokens in all four"] = (
+        "yes" if same == len(repeats) else f"{same} of {len(repeats)}"
+    )
+    cells["repeats"] = str(len(repeats))
     return cells

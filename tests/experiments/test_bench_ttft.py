@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.bench import ttft
 from experiments.bench.rows import Row
-from experiments.bench.ttft import CELLS, CHUNKS, Prompt, paced, random_prompt, rotated, table
+from experiments.bench.ttft import CHUNKS, Cell, Prompt, paced, random_prompt, schedule, table
 from experiments.client import Answer, MeasuredClient
 from sglang_stream.errors import EngineFailure
 
@@ -94,10 +94,26 @@ def test_prompts_share_nothing_and_are_repeatable() -> None:
         assert other.ids[:16] != prompt.ids[:16]
 
 
-def test_every_mode_comes_first_in_turn() -> None:
-    firsts = [next(rotated(CELLS, i)) for i in range(len(CELLS))]
-    assert firsts == list(CELLS)
-    assert sorted(map(str, rotated(CELLS, 4))) == sorted(map(str, CELLS))
+def test_schedule() -> None:
+    cells = list(schedule([2048, 8192], 5))
+    assert len(set(cells)) == len(cells) == 2 * (3 * 6 + 2 * 4)
+    for size in (2048, 8192):
+        for repeat in range(5):
+            block = [cell for cell in cells if (cell.size, cell.repeat) == (size, repeat)]
+            paces = ttft.PACES if repeat % 2 == 0 else (ttft.GOAL_PACE,)
+            for mode in ("streaming", "re-sending"):
+                assert [c.pace for c in block if c.mode == mode] in (
+                    list(paces),
+                    list(reversed(paces)),
+                )
+            for mode in ("waiting", "limit"):
+                assert [c.pace for c in block if c.mode == mode] == [None]
+    firsts = [c for before, c in zip([None, *cells], cells, strict=False) if _begins(before, c)]
+    assert len({(c.mode, c.pace) for c in firsts if c.size == 2048}) >= 4
+
+
+def _begins(before: Cell | None, cell: Cell) -> bool:
+    return before is None or (before.size, before.repeat) != (cell.size, cell.repeat)
 
 
 def test_chunks_keep_their_times_whatever_the_consumer_does(
@@ -183,6 +199,16 @@ def test_the_goal_stands_at_the_slow_pace_only() -> None:
     missed = [line for line in lines_of(rows_of_a_run((0.14, 0.15))) if "at most 1.3" in line]
     assert len(missed) == 1
     assert "MISSED" in missed[0]
+
+
+def test_repeats_that_are_not_complete_are_left_out() -> None:
+    """The fast pace is measured in every second repeat, and a run may have been ended."""
+    rows = [r for r in rows_of_a_run() if r["pace"] != 0.5 or r["repeat"] != 1][:-1]
+    lines = lines_of(rows)
+    assert sum("2,000 (3,000)" in line for line in lines) == 1
+    assert sum("1,000 (1,000)" in line for line in lines) == 1
+    assert [line.split("│")[2].strip() for line in lines if " repeats " in line] == ["3", "1"]
+    assert any("chunks over 1.5" in line for line in lines_of(rows[:3]))
 
 
 def test_other_tokens_are_shown() -> None:
