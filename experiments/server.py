@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -86,7 +87,7 @@ def _running(
     """Runs a server on a free port, in a process group of its own, until it is left."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+") as output, _leaving_on_sigterm():
         process = subprocess.Popen(
             [*command, "--port", str(port), *flags],
             stdout=output,
@@ -113,6 +114,19 @@ def _running(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM leave all contexts, as Ctrl-C does: a server must not outlive us."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _environment() -> dict[str, str]:
