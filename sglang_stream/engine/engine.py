@@ -22,7 +22,7 @@ from sglang_stream.config import EngineConfig
 from sglang_stream.engine.channel import Channel, Expire, StreamEvent, refusal
 from sglang_stream.engine.metrics import EngineMetrics
 from sglang_stream.engine.passes import build_pass, ticket_of
-from sglang_stream.engine.seal import refuse, seal, seal_call
+from sglang_stream.engine.seal import check_ordinary, refuse, seal, seal_call
 from sglang_stream.engine.table import Limits, Stream, StreamTable
 from sglang_stream.errors import StreamError
 from sglang_stream.policy import (
@@ -129,6 +129,7 @@ class StreamEngine:
         try:
             call = seal_call(request)
             if call is None:
+                check_ordinary(request, self._scheduler.model_config.vocab_size)
                 original(self._scheduler, request)
                 return
             stream = seal(self.table, call, request, self._scheduler)

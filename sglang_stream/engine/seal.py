@@ -13,6 +13,7 @@ import msgspec
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 
 from sglang_stream.engine.table import Stream, StreamTable
+from sglang_stream.engine.tokens import check_tokens
 from sglang_stream.errors import ContextLengthExceeded, InvalidRequest, Malformed, StreamError
 from sglang_stream.messages import SEAL_KEY, SealCall
 
@@ -38,23 +39,31 @@ def seal(
     """
     stream = table.get(call.id)
     stream.session.check_seal(call.last_seq)
-    vocab_size = scheduler.model_config.vocab_size
-    bad = next((t for t in call.tail if not 0 <= t < vocab_size), None)
-    if bad is not None:
-        raise Malformed(
-            f"token id {bad} is outside the model's vocabulary (0 to {vocab_size - 1})",
-            param="input_ids",
-        )
-    length = len(stream.tokens) + len(call.tail)
+    tail = array("q", call.tail)
+    check_tokens(tail, scheduler.model_config.vocab_size)
+    length = len(stream.tokens) + len(tail)
     params = request.sampling_params
     params.max_new_tokens = _checked_max_new(length, params.max_new_tokens, scheduler)
     params.custom_params = {k: v for k, v in params.custom_params.items() if k != SEAL_KEY} or None
-    request.input_ids = table.seal(stream, request.rid) + array("q", call.tail)
+    request.input_ids = table.seal(stream, request.rid) + tail
     return stream
 
 
+def check_ordinary(request: TokenizedGenerateReqInput, vocab_size: int) -> None:
+    """Keeps an ordinary request with impossible token ids from ending the scheduler.
+
+    Raises InvalidRequest, whose status 400 is the one that SGLang's server turns into an error.
+    """
+    if request.input_ids is None:
+        return
+    try:
+        check_tokens(array("q", request.input_ids), vocab_size)
+    except Malformed as e:
+        raise InvalidRequest(e.message, param=e.param) from e
+
+
 def refuse(scheduler: Any, request: TokenizedGenerateReqInput, error: StreamError) -> None:
-    """Answers a seal with an error, which the router finds in `meta_info.finish_reason`.
+    """Answers a request with an error, which the router finds in `meta_info.finish_reason`.
 
     `sglang_stream_error` holds the error's fields as JSON: SGLang carries flat reasons only.
     """

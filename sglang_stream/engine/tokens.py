@@ -12,22 +12,27 @@ _BLOCK = 1 << 14
 
 
 def unpack_tokens(raw: bytes, vocab_size: int) -> array[int]:
-    """The ids in `raw`, checked against the vocabulary, which SGLang does not do at this point.
-
-    Raises Malformed for a truncated buffer or an id outside [0, vocab_size).
-    """
+    """The ids in `raw`, checked. Raises Malformed for a truncated buffer or as `check_tokens`."""
     if len(raw) % 4:
         raise Malformed(f"token ids come as int32, but {len(raw)} bytes arrived: send them again")
-    ids = np.frombuffer(raw, dtype="<i4")
+    tokens = array("q")
+    tokens.frombytes(np.frombuffer(raw, dtype="<i4").astype(np.int64).tobytes())
+    check_tokens(tokens, vocab_size)
+    return tokens
+
+
+def check_tokens(tokens: array[int], vocab_size: int) -> None:
+    """Raises Malformed if an id of `tokens` (`array("q")`) is outside [0, vocab_size).
+
+    SGLang does not look: such an id would end the scheduler in the embedding.
+    """
+    ids = np.frombuffer(tokens, np.int64)
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         bad = int(ids[(ids < 0) | (ids >= vocab_size)][0])
         raise Malformed(
             f"token id {bad} is outside the model's vocabulary (0 to {vocab_size - 1})",
             param="input_ids",
         )
-    tokens = array("q")
-    tokens.frombytes(ids.astype(np.int64).tobytes())
-    return tokens
 
 
 def common_prefix(a: array[int], b: array[int]) -> int:

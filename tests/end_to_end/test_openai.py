@@ -119,6 +119,8 @@ def test_a_stream_finds_what_an_ordinary_call_computed(server: Server) -> None:
         ("completions", {}),
         ("completions", {"prompt": ids("over", 5000), "max_tokens": 4}),
         ("completions", {"prompt": ids("over", 5000), "max_tokens": 4, "stream": True}),
+        ("completions", {"prompt": [5, 10_000_000], "max_tokens": 4}),
+        ("completions", {"prompt": [5, -1], "max_tokens": 4}),
     ],
 )
 def test_errors_have_openais_shape(server: Server, path: str, body: dict[str, Any]) -> None:

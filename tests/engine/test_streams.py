@@ -239,6 +239,8 @@ def test_token_ids_outside_the_vocabulary(worker: Worker) -> None:
         worker.seal(stream, [10_000_000])
     worker.append(stream, 1, [5])
     worker.abort(stream)
+    ordinary = {"input_ids": [5, 10_000_000], "sampling_params": {"max_new_tokens": 2}}
+    assert worker.http.post("/generate", json=ordinary).status_code == 400
 
 
 def test_ids_that_are_prefixes_of_one_another(worker: Worker) -> None:
