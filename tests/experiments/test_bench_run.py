@@ -74,7 +74,7 @@ def test_on_the_running_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert rows[0]["bench"] == "manifest"
     measured = [row for row in rows if row["bench"] == "ttft"]
     assert [row["mode"] for row in measured] == [
-        *("waiting", "limit", "streaming", "streaming", "re-sending", "re-sending")
+        *("waiting", "limit", "streaming", "re-sending", "streaming", "re-sending")
     ]
     assert all(row["ttft_s"] > 0 and row["prompt_tokens"] == 272 for row in measured)
     assert all(row["tokens"] == measured[0]["tokens"] for row in measured)
