@@ -41,7 +41,7 @@ def demo(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of requests per scenario.")] = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the pages' delays.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the pages' delays.")] = 8,
     out: Annotated[Path | None, typer.Option(help="Keep the rows here, as JSON lines.")] = None,
 ) -> int:
     """Ask a question over pages that are still being fetched: by waiting for all, and streaming.
