@@ -107,7 +107,7 @@ def bench(
 
     [bold]attention[/]: the CPU platform's own against SGLang's (small model only).
 
-    All of it takes about 15 minutes on two cores. A minute's worth:
+    All of it takes about 20 minutes on two cores. A minute's worth:
 
       sglang-stream bench ttft --sizes 2048 --repeats 3
     """
