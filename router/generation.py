@@ -14,22 +14,10 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
+from router.increments import Increments, Piece
 from router.worker import WorkerEvent
 from sglang_stream.errors import EngineFailure, StreamError
 from sglang_stream.messages import Usage
-
-_decode_ids = msgspec.json.Decoder(list[int]).decode
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one event adds: new text (perhaps none yet) and the ids of new tokens, if wanted."""
-
-    text: str
-    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -42,37 +30,6 @@ class Outcome:
     cached_tokens: int
     stream: Usage | None
     ttft_ms: float
-
-
-class Increments:
-    """Cuts the worker's events, which may repeat all that was said, into pieces.
-
-    A text that ends in replacement characters is held back: they may be a character whose other
-    bytes are still to come.
-    """
-
-    def __init__(self, incremental: bool, with_ids: bool) -> None:
-        self._incremental = incremental
-        self._with_ids = with_ids
-        self._shown = 0
-        self._seen_ids = 0
-        self._held = ""
-
-    def take(self, event: WorkerEvent) -> Piece:
-        text = event.text or ""
-        text = self._held + text if self._incremental else text[self._shown :]
-        piece = text if event.meta_info.finish_reason else text.rstrip(_REPLACEMENT)
-        self._held = text[len(piece) :]
-        self._shown += len(piece)
-        return Piece(piece, self._new_ids(event))
-
-    def _new_ids(self, event: WorkerEvent) -> list[int]:
-        if not self._with_ids:
-            return []
-        ids = _decode_ids(event.output_ids)
-        if not self._incremental:
-            ids, self._seen_ids = ids[self._seen_ids :], max(self._seen_ids, len(ids))
-        return ids
 
 
 class Generation:
@@ -98,7 +55,7 @@ class Generation:
         self.outcome: Outcome | None = None
         self.error: StreamError | None = None
         self._arrived_s = arrived_s
-        self._increments = increments
+        self.increments = increments
         self._grace_s = grace_s
         self._on_first_token = on_first_token
         self._on_abandoned = on_abandoned
@@ -182,14 +139,14 @@ class Generation:
                 if ttft_s is None:
                     ttft_s = time.perf_counter() - self._arrived_s
                     usage = asyncio.ensure_future(self._on_first_token(ttft_s))
-                self._pieces.append(self._increments.take(event))
+                self._pieces.append(self.increments.take(event))
                 self._publish()
                 if meta.finish_reason is not None:
                     assert usage is not None
                     self.outcome = Outcome(
                         reason=meta.finish_reason,
-                        prompt_tokens=meta.prompt_tokens,
-                        completion_tokens=meta.completion_tokens,
+                        prompt_tokens=meta.prompt_tokens - len(self.increments.kept),
+                        completion_tokens=meta.completion_tokens + len(self.increments.kept),
                         cached_tokens=meta.cached_tokens,
                         stream=await usage,
                         ttft_ms=ttft_s * 1e3,

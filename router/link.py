@@ -2,6 +2,7 @@
 
     ask -> [call id][question] -> DEALER ... ROUTER of the worker's scheduler
     answer <- the call id finds who waits
+    report <- call id 0, unasked
 
 At most `credits` questions are unanswered at once; further ones wait here, first come first
 served. Questions leave in the order in which `ask` was called.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -22,13 +24,18 @@ from sglang_stream.messages import (
     PROTOCOL,
     Accepted,
     Answer,
+    Copy,
     Event,
     Hello,
     Question,
     Refused,
+    Report,
+    Resync,
+    Snapshot,
     Status,
     Welcome,
-    decode_answer,
+    curve_keys,
+    decode_said,
     encode,
 )
 
@@ -39,14 +46,26 @@ class Link:
     """One connection to a worker's chunk socket; made inside a running event loop.
 
     `timeout_s`: how long a question waits for its answer. It is answered by the scheduler's loop,
-    so a long forward delays it. `heard_s`: the loop's time at which the worker last answered.
+    so a long forward delays it. `secret`: the worker's, if it has one. `on_report` gets what the
+    worker says unasked. `heard_s`: the loop's time at which the worker was last heard.
     """
 
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        timeout_s: float,
+        secret: str | None,
+        on_report: Callable[[Report], None],
+    ) -> None:
         self._timeout_s = timeout_s
+        self._on_report = on_report
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # the credits bound what waits to be sent
+        if secret is not None:
+            self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
+            self._socket.curve_serverkey, _ = curve_keys(secret)
         self._socket.connect(endpoint)
         self._calls = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
@@ -73,7 +92,14 @@ class Link:
         """
         self._credits = asyncio.Semaphore(max(1, credits - 1))
 
-    async def ask(self, event: Event) -> Accepted | Status:
+    async def snapshot(self) -> Snapshot:
+        """All that the worker has cached. Raises WorkerUnavailable without an answer in time."""
+        answer = await self._exchange(Resync(), self._timeout_s)
+        if not isinstance(answer, Snapshot):
+            raise EngineFailure(f"the worker answered with {type(answer).__name__}")
+        return answer
+
+    async def ask(self, event: Event) -> Accepted | Status | Copy:
         """The worker's answer to `event`.
 
         Raises the error with which the worker refuses it; WorkerUnavailable if no answer comes in
@@ -83,7 +109,7 @@ class Link:
             answer = await self._exchange(event, self._timeout_s)
         if isinstance(answer, Refused):
             raise from_fields(msgspec.structs.asdict(answer))
-        if not isinstance(answer, Accepted | Status):
+        if not isinstance(answer, Accepted | Status | Copy):
             raise EngineFailure(f"the worker answered with {type(answer).__name__}")
         return answer
 
@@ -119,9 +145,14 @@ class Link:
             frames = await self._socket.recv_multipart()
             self.heard_s = time.monotonic()
             future = self._waiting.get(int.from_bytes(frames[0], "big"))
-            if future is None or future.done():
-                continue  # its question has timed out
             try:
-                future.set_result(decode_answer(frames[-1]))
+                said = decode_said(frames[-1])
             except msgspec.DecodeError as e:
-                future.set_exception(EngineFailure(f"the worker's answer cannot be read: {e}"))
+                if future is not None and not future.done():
+                    error = EngineFailure(f"the worker's answer cannot be read: {e}")
+                    future.set_exception(error)
+                continue
+            if isinstance(said, Report):
+                self._on_report(said)
+            elif future is not None and not future.done():
+                future.set_result(said)  # otherwise its question has timed out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter as Counted
+from collections.abc import Callable, Iterable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,6 +23,7 @@ class RouterMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._list_workers: Callable[[], Iterable[tuple[str, str]]] = tuple
         self._open = Gauge(
             "sglang_stream_router_open_streams", "Streams not yet sealed.", registry=self._registry
         )
@@ -43,11 +45,43 @@ class RouterMetrics:
             registry=self._registry,
         )
 
-    def watch_open_streams(self, count: Callable[[], int]) -> None:
-        self._open.set_function(count)
+        self.placements = Counter(
+            "sglang_stream_router_placements",
+            "Streams and requests given to a worker, by its role and the reason for it.",
+            ["role", "reason"],
+            registry=self._registry,
+        )
+        self.replays = Counter(
+            "sglang_stream_router_replays",
+            "Streams opened anew on another worker, before (worker_lost, generation_failed) or "
+            "after their first token (continued).",
+            ["reason"],
+            registry=self._registry,
+        )
+        self.migrations = Counter(
+            "sglang_stream_router_migrations",
+            "Generations whose KV moves from a prefill to a decode worker.",
+            registry=self._registry,
+        )
+        self._workers = Gauge(
+            "sglang_stream_router_workers",
+            "Workers by role and whether they are ready.",
+            ["role", "state"],
+            registry=self._registry,
+        )
+
+    def watch(
+        self, open_streams: Callable[[], int], workers: Callable[[], Iterable[tuple[str, str]]]
+    ) -> None:
+        """Where to look when the page is read; `workers`: role and state of each."""
+        self._open.set_function(open_streams)
+        self._list_workers = workers
 
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""
+        self._workers.clear()
+        for (role, state), count in Counted(self._list_workers()).items():
+            self._workers.labels(role, state).set(count)
         return generate_latest(self._registry)
 
 

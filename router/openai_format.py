@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from router.generation import Outcome, Piece
+from router.generation import Outcome
+from router.increments import Piece
 
 
 @dataclass(frozen=True)

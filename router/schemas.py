@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from router.errors_http import malformed
 from sglang_stream.errors import Malformed
-from sglang_stream.messages import Mode
+from sglang_stream.messages import Mode, Role
 
 Seq = Annotated[int, Field(ge=1, le=2**53)]
 Order = Literal["relevance", "sticky"]
@@ -174,6 +174,14 @@ class GenerateBody(Body):
     def limit(self) -> int | None:
         """The most tokens to generate; None: as many as the context takes."""
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+
+
+class WorkerBody(Body):
+    """POST /workers."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+/?$")]
+    role: Role | None = None
+    bootstrap_port: Annotated[int, Field(ge=1, le=65535)] | None = None
 
 
 B = TypeVar("B", bound=Body)

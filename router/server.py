@@ -8,21 +8,29 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from router.answers import GenerationAnswer
+from router.cluster import described
 from router.errors_http import install_error_handlers, json_response
 from router.metrics import RequestCounter, RouterMetrics
 from router.openai_format import AnswerFormat
-from router.proxy import ForwardedAnswer, read_body
-from router.schemas import B, ChunksBody, ContextBody, GenerateBody, OpenBody, parse
+from router.proxy import ForwardedAnswer, Route, read_body
+from router.schemas import (
+    B,
+    ChunksBody,
+    ContextBody,
+    GenerateBody,
+    OpenBody,
+    WorkerBody,
+    parse,
+)
 from router.service import StreamService
-from sglang_stream.config import RouterConfig
-from sglang_stream.errors import StreamError, WorkerUnavailable
+from sglang_stream.config import RouterConfig, WorkerAddress
+from sglang_stream.errors import WorkerUnavailable
 
 DRAIN_S = 30
 """How long answers that are being written may take to end when the router is stopped."""
@@ -45,6 +53,7 @@ class RouterHandlers:
         self._service = service
         self._http = http
         self._metrics = metrics
+        self._owner = b""
 
     def add_to(self, app: FastAPI) -> None:
         """Registers all routes."""
@@ -63,11 +72,14 @@ class RouterHandlers:
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/readiness", self.readiness, methods=["GET"])
         app.add_api_route("/workers", self.workers, methods=["GET"])
+        app.add_api_route("/workers", self.add_worker, methods=["POST"])
+        app.add_api_route("/workers/{worker_id}", self.remove_worker, methods=["DELETE"])
         app.add_api_route("/flush_cache", self.flush_cache, methods=["GET", "POST"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
 
     async def open(self, request: Request) -> Response:
-        stream = await self._service.open(await self._body(request, OpenBody))
+        body = await self._body(request, OpenBody)
+        stream = await self._service.open(body, self._owner, None)
         return json_response(stream.described(), 201)
 
     async def list_open(self) -> Response:
@@ -75,27 +87,28 @@ class RouterHandlers:
         return json_response({"object": "list", "data": data})
 
     async def look(self, stream_id: str) -> Response:
-        return json_response((await self._service.refresh(stream_id)).described())
+        stream = await self._service.refresh(stream_id, self._owner)
+        return json_response(stream.described(with_worker=True))
 
     async def delete(self, stream_id: str) -> Response:
-        await self._service.delete(stream_id)
+        await self._service.delete(stream_id, self._owner)
         return json_response({"id": stream_id, "object": "stream", "deleted": True})
 
     async def append(self, stream_id: str, request: Request) -> Response:
         body = await self._body(request, ChunksBody)
-        answer = await self._service.append(stream_id, body)
+        answer = await self._service.append(stream_id, body, self._owner)
         return json_response({"seq": answer.seq, "tokens": answer.tokens}, 202)
 
     async def update(self, stream_id: str, request: Request) -> Response:
         body = await self._body(request, ContextBody)
-        answer = await self._service.update(stream_id, body)
+        answer = await self._service.update(stream_id, body, self._owner)
         fields = {"seq": answer.seq, "tokens": answer.tokens, "lcp": answer.lcp}
         return json_response(fields, 202)
 
     async def generate(self, stream_id: str, request: Request) -> Response:
         arrived_s = time.perf_counter()
         body = await self._body(request, GenerateBody)
-        stream, generation, tail = await self._service.generate(stream_id, body, arrived_s)
+        stream, generation = await self._service.generate(stream_id, body, self._owner, arrived_s)
         chat = stream.opening.kind == "chat"
         with_ids = bool(body.return_token_ids)
         form = AnswerFormat(
@@ -104,7 +117,7 @@ class RouterHandlers:
             model=stream.model,
             chat=chat,
             with_ids=with_ids,
-            prompt_ids=stream.prompt(tail) if with_ids else None,
+            prompt_ids=stream.prompt() if with_ids else None,
         )
         options = body.stream_options
         return GenerationAnswer(
@@ -116,33 +129,46 @@ class RouterHandlers:
 
     async def forward(self, request: Request) -> Response:
         body = await read_body(request, self._config.max_body_bytes)
-        return ForwardedAnswer(self._http, self._service.worker.url, request, body)
+        worker, prefill = await self._service.cluster.place_request()
+        if request.method == "GET":
+            prefill = None
+        return ForwardedAnswer(self._http, Route(worker, prefill), request, body)
 
     async def health(self) -> Response:
         return Response()
 
     async def readiness(self) -> Response:
-        self._service.worker.check_ready()
+        self._service.cluster.check_ready()
         return json_response({"status": "ready"})
 
     async def workers(self) -> Response:
-        worker: dict[str, Any] = {"url": self._service.worker.url, "role": "unified"}
-        try:
-            self._service.worker.check_ready()
-            worker |= {"healthy": True, "model": self._service.worker.info.model}
-        except StreamError as e:
-            worker |= {"healthy": False, "reason": e.message}
-        return json_response({"workers": [worker], "total": 1})
+        cluster = self._service.cluster
+        data = [described(w) for w in cluster.workers.values()]
+        return json_response({"workers": data, "total": len(data)})
+
+    async def add_worker(self, request: Request) -> Response:
+        body = await self._body(request, WorkerBody)
+        address = WorkerAddress(body.url, body.role, body.bootstrap_port)
+        worker = self._service.cluster.add(address)
+        return json_response(described(worker), 202)
+
+    async def remove_worker(self, worker_id: str) -> Response:
+        worker = await self._service.cluster.remove(worker_id)
+        return json_response({"id": worker_id, "url": worker.url, "removed": True})
 
     async def flush_cache(self, request: Request) -> Response:
         """Empties the prefix cache of every worker."""
-        worker = self._service.worker
-        failure = await worker.flush_cache(request.url.query)
-        flushed = {"url": worker.url, "flushed": failure is None, "reason": failure}
-        if failure is None:
-            return json_response({"workers": [flushed]})
-        error = WorkerUnavailable(f"not flushed: {worker.url} ({failure})")
-        return json_response({"error": error.to_fields(), "workers": [flushed]}, error.status)
+        workers = list(self._service.cluster.workers.values())
+        failures = await asyncio.gather(*(w.flush_cache(request.url.query) for w in workers))
+        flushed = [
+            {"url": worker.url, "flushed": failure is None, "reason": failure}
+            for worker, failure in zip(workers, failures, strict=True)
+        ]
+        failed = [f"{f['url']} ({f['reason']})" for f in flushed if not f["flushed"]]
+        if not failed:
+            return json_response({"workers": flushed})
+        error = WorkerUnavailable(f"not flushed: {', '.join(failed)}")
+        return json_response({"error": error.to_fields(), "workers": flushed}, error.status)
 
     async def metrics(self) -> Response:
         return Response(self._metrics.page(), media_type="text/plain; version=0.0.4")

@@ -3,7 +3,7 @@
     open --append|update--> ... --generate--> a Generation, read by `router.answers`
 
 The worker decides whether an event is legal; the router puts prompts together, keeps the calls of
-a stream in order, and knows who generates.
+a stream in order, knows who generates, and sees to it that no stream is lost with its worker.
 """
 
 from __future__ import annotations
@@ -11,29 +11,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from array import array
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, suppress
+from secrets import token_hex
 from typing import Any
 
 import httpx
+import msgspec
 
-from router.generation import Generation, Increments
+from router.cluster import Cluster
+from router.generation import Generation
+from router.identity import StreamIds
+from router.increments import Increments
+from router.legs import generate_apart
 from router.metrics import RouterMetrics
-from router.prompts import PromptBuilder
+from router.moves import Moves
 from router.sampling import sampling_params
 from router.schemas import ChunksBody, ContextBody, GenerateBody, OpenBody
 from router.streams import Placement, Stream, Streams, unknown
-from router.tokenizer import load_model_texts
-from router.worker import Worker, WorkerEvent, WorkerInfo
+from router.worker import Worker, WorkerEvent
 from sglang_stream.config import RouterConfig
 from sglang_stream.errors import (
     ContextLengthExceeded,
+    EngineFailure,
     GenerationStarted,
+    LimitReached,
     Malformed,
     ModelNotFound,
     StreamError,
+    StreamMoved,
     StreamNotFound,
     StreamSealed,
     WorkerUnavailable,
@@ -43,6 +50,7 @@ from sglang_stream.messages import (
     Accepted,
     Append,
     Open,
+    Query,
     SealCall,
     Update,
     Usage,
@@ -53,25 +61,30 @@ from sglang_stream.messages import (
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
+_TRIES = 4
 
 
 class StreamService:
-    """The streams of one router with one worker. `run` must be running for calls to succeed."""
+    """The streams of one router. `run` must be running for calls to succeed.
+
+    `owner` of each method says whose streams the caller may see (`messages.Open`).
+    """
 
     def __init__(
         self, config: RouterConfig, http: httpx.AsyncClient, metrics: RouterMetrics
     ) -> None:
         self._config = config
         self._metrics = metrics
-        self._prompts: PromptBuilder | None = None
         self._background: set[asyncio.Task[Any]] = set()
-        self.streams = Streams(config.max_open_streams)
-        self.worker = Worker(config.worker_url, http, self._adopt)
-        metrics.watch_open_streams(self.streams.open_count)
+        self._ids = StreamIds(config.secret)
+        self.streams = Streams(config.max_open_streams, int(config.stream_buffer_gb * 2**30))
+        self.cluster = Cluster(config, http, metrics, self._worker_ready, self._worker_lost)
+        self._moves = Moves(self.cluster, self.streams, self._ids, metrics)
+        metrics.watch(self.streams.open_count, self.cluster.states)
 
     async def run(self) -> None:
-        """Watches the worker and drops idle streams, for ever."""
-        watching = asyncio.create_task(self.worker.run())
+        """Watches the workers and drops idle streams, for ever."""
+        watching = asyncio.create_task(self.cluster.run())
         try:
             while True:
                 await asyncio.sleep(_SWEEP_S)
@@ -84,66 +97,106 @@ class StreamService:
 
     # --- open, append, update -----------------------------------------------------------------
 
-    async def open(self, body: OpenBody) -> Stream:
+    async def open(self, body: OpenBody, owner: bytes, namespace: str | None) -> Stream:
         """Opens a stream. Raises ModelNotFound, Malformed, LimitReached and the worker's errors."""
-        info, prompts = self._ready()
-        if body.model not in (None, info.model):
+        model = self.cluster.model
+        if body.model not in (None, model.name):
             raise ModelNotFound(
-                f"The model '{body.model}' does not exist: this worker serves '{info.model}'",
+                f"The model '{body.model}' does not exist: this server has '{model.name}'",
                 param="model",
             )
         idle_timeout_s = self._idle_timeout_s(body.idle_timeout_s)
-        stream = Stream(
-            mode=body.mode,
-            model=info.model,
-            worker_id=info.worker_id,
-            opening=await prompts.opening(body),
-            order=body.order or "relevance",
-            idle_timeout_s=idle_timeout_s,
+        self.streams.check_room()
+        opening = await model.prompts.opening(body)
+        for attempt in range(_TRIES):
+            worker = self.cluster.place_stream(opening.tokens, namespace)
+            stream = Stream(
+                id=self._ids.new(worker.url),
+                mode=body.mode,
+                model=model.name,
+                opening=opening,
+                order=body.order or "relevance",
+                idle_timeout_s=idle_timeout_s,
+                worker=worker,
+                owner=owner,
+                namespace=namespace,
+            )
+            self.streams.check_room()
+            self.streams.add(stream)
+            try:
+                return await self._open_at(worker, stream)
+            except WorkerUnavailable:
+                self._drop(stream)  # the worker may have it although no answer came
+                if worker.ready or attempt == _TRIES - 1:
+                    raise
+            except LimitReached:
+                self.streams.forget(stream)
+                if len(self.cluster.holders()) <= attempt + 1:
+                    raise
+            except StreamError:
+                self.streams.forget(stream)
+                raise
+        raise AssertionError("the last try returns or raises")
+
+    @staticmethod
+    async def _open_at(worker: Worker, stream: Stream) -> Stream:
+        answer = await worker.ask(
+            Open(
+                stream.id,
+                stream.mode,
+                pack_tokens(stream.opening.tokens),
+                stream.idle_timeout_s,
+                stream.epoch,
+                stream.owner,
+                stream.namespace,
+                stream.memo(),
+            )
         )
-        self.streams.add(stream)
-        tokens = pack_tokens(stream.opening.tokens)
-        try:
-            answer = await self.worker.ask(Open(stream.id, stream.mode, tokens, idle_timeout_s))
-        except WorkerUnavailable:
-            self._drop(stream)  # the worker may have it although no answer came
-            raise
-        except StreamError:
-            self.streams.forget(stream)
-            raise
         stream.tokens = answer.tokens
         stream.touch()
         return stream
 
-    async def append(self, stream_id: str, body: ChunksBody) -> Accepted:
+    async def append(self, stream_id: str, body: ChunksBody, owner: bytes) -> Accepted:
         """Adds chunks. Raises StreamNotFound, Malformed, BodyTooLarge and the worker's errors."""
-        stream = self.streams.get(stream_id)
-        _, prompts = self._ready()
+        stream = await self._moves.find(stream_id, owner)
+        prompts = self.cluster.model.prompts
         async with stream.sending:
             ids = await prompts.chunks(body)
             packed = pack_tokens(ids)
-            event = Append(stream.id, body.seq, packed, digest(packed))
+            content = digest(packed)
             # Sent in this order; the answers need not be waited for one by one.
-            asking = asyncio.create_task(self._tell(stream, event))
+            asking = asyncio.create_task(
+                self._tell(
+                    stream,
+                    lambda: Append(stream.id, body.seq, packed, content, stream.epoch, owner),
+                )
+            )
         answer = await asking
         stream.accepted(body.seq, ids, answer)
+        if stream.known_seq < stream.seq and stream.state == "open":
+            self._in_background(self._sync(stream))  # another router has sent some
         self._metrics.chunks.inc()
         return answer
 
-    async def update(self, stream_id: str, body: ContextBody) -> Accepted:
+    async def update(self, stream_id: str, body: ContextBody, owner: bytes) -> Accepted:
         """Replaces the context; raises as `append` does."""
-        stream = self.streams.get(stream_id)
-        _, prompts = self._ready()
+        stream = await self._moves.find(stream_id, owner)
+        prompts = self.cluster.model.prompts
         async with stream.sending:
             placement: Placement | None = None
+            memo: bytes | None = None
             if body.documents is None:
                 ids = prompts.context(body.input_ids or [])
             else:
                 placement = stream.place(body.seq, body.documents)
+                memo = stream.memo(placement.after)
                 ids = await prompts.documents(placement.texts)
             packed = pack_tokens(ids)
-            event = Update(stream.id, body.seq, packed, digest(packed))
-            answer = await self._tell(stream, event)
+            content = digest(packed)
+            answer = await self._tell(
+                stream,
+                lambda: Update(stream.id, body.seq, packed, content, stream.epoch, owner, memo),
+            )
             stream.accepted(body.seq, ids, answer, placement)
         self._metrics.chunks.inc()
         return answer
@@ -151,69 +204,124 @@ class StreamService:
     # --- generate -----------------------------------------------------------------------------
 
     async def generate(
-        self, stream_id: str, body: GenerateBody, arrived_s: float
-    ) -> tuple[Stream, Generation, array[int]]:
+        self, stream_id: str, body: GenerateBody, owner: bytes, arrived_s: float
+    ) -> tuple[Stream, Generation]:
         """Seals the stream and starts its generation, or finds the one that `request_id` started.
 
-        Returns the ids after the context, too. Raises StreamNotFound, StreamSealed,
-        GenerationStarted, Malformed, ContextLengthExceeded; the worker's refusal reaches the
-        generation's readers and leaves the stream open.
+        Raises StreamNotFound, StreamSealed, GenerationStarted, Malformed, ContextLengthExceeded;
+        the worker's refusal reaches the generation's readers and leaves the stream open.
         """
-        stream = self.streams.get(stream_id)
-        info, prompts = self._ready()
+        stream = await self._moves.find(stream_id, owner)
+        model = self.cluster.model
         async with stream.sending:
-            tail = await prompts.tail(stream.opening, body)
+            tail = await model.prompts.tail(stream.opening, body)
             if stream.generation is not None:
-                return stream, _joined(stream.generation, body.request_id, stream), tail
+                return stream, _joined(stream.generation, body.request_id, stream)
             if stream.state != "open":
                 raise _sealed(stream)
-            room = info.context_len - stream.tokens - len(tail)
+            room = model.context_len - stream.tokens - len(tail)
             if room < (body.limit or 1):
                 raise ContextLengthExceeded(
                     f"the prompt has {stream.tokens + len(tail)} tokens and {body.limit or 1} are "
-                    f"to be generated, together over the model's {info.context_len}: at most "
+                    f"to be generated, together over the model's {model.context_len}: at most "
                     f"{max(room, 0)} can be generated after this prompt",
                     param="max_tokens",
                 )
+            worker = await self._moves.ensure(stream)
+            if stream.context() is None:
+                await self._moves.sync(stream)
+            incremental = worker.info.incremental
             generation = Generation(
                 body.request_id,
                 arrived_s,
-                Increments(info.incremental, bool(body.return_token_ids)),
+                Increments(incremental, bool(body.return_token_ids)),
                 self._config.resume_grace_s,
                 on_first_token=lambda ttft_s: self._first_token(stream, ttft_s),
                 on_abandoned=lambda: self._abandoned(stream, generation),
             )
-            stream.generation = generation
-        params = sampling_params(body, prompts.defaults(stream.opening))
-        seal = SealCall(stream.id, body.last_seq, tail.tolist())
-        params["custom_params"] = seal.to_custom_params()
+            stream.generation, stream.tail = generation, tail
+        params = sampling_params(body, model.prompts.defaults(stream.opening))
+        generation.start(self._events(stream, generation, params, body.last_seq))
+        return stream, generation
+
+    async def _events(
+        self, stream: Stream, generation: Generation, params: dict[str, Any], last_seq: int | None
+    ) -> AsyncIterator[WorkerEvent]:
+        """The workers' events, over as many attempts as it takes, and what they mean for the
+        stream."""
+        now = params
+        seal = SealCall(stream.id, last_seq, (stream.tail or array("i")).tolist())
+        for attempt in range(_TRIES):
+            try:
+                if attempt and stream.state != "open":
+                    now = generation.increments.resume(params)
+                    await self._moves.reopen(stream, self._whole(stream, generation))
+                    seal = SealCall(stream.id)  # the tail has gone with the prompt
+                elif attempt:
+                    await self._moves.again(stream)
+                events = self._attempt(stream, generation, now, seal)
+                async with aclosing(events):  # type: ignore[type-var]
+                    async for event in events:
+                        ended = event.meta_info.finish_reason is not None
+                        stream.state = "finished" if ended else "sealed"
+                        stream.touch()
+                        yield event
+                return
+            except (WorkerUnavailable, EngineFailure) as e:
+                if stream.state == "finished":
+                    raise
+                if attempt == _TRIES - 1 or not self._may_try_again(stream, e):
+                    await self._after_failure(stream)
+                    raise
+                logger.warning("stream %s: %s; trying again", stream.id, e.message)
+            except StreamError:
+                await self._after_failure(stream)
+                raise
+
+    async def _attempt(
+        self, stream: Stream, generation: Generation, params: dict[str, Any], seal: SealCall
+    ) -> AsyncIterator[WorkerEvent]:
+        """One attempt: on the worker that holds the stream, and on a decode worker if that one
+        only computes prompts."""
+        worker = await self._moves.ensure(stream)
+        seal = msgspec.structs.replace(seal, epoch=stream.epoch)
         request = {
-            "rid": uuid.uuid4().hex,
+            "rid": token_hex(16),
             "input_ids": [0],
             "stream": True,
-            "sampling_params": params,
+            "sampling_params": {**params, "custom_params": seal.to_custom_params()},
         }
-        generation.start(self._events(stream, request))
-        return stream, generation, tail
+        if worker.role == "unified":
+            attempt = worker.generate(request)
+        else:
+            prompt = self._whole(stream, generation)
+            decode = await self.cluster.place_decode(len(prompt) + (params["max_new_tokens"] or 1))
+            self._metrics.migrations.inc()
+            attempt = generate_apart(worker, decode, request, prompt, self._in_background)
+        async with aclosing(attempt) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
 
-    async def _events(self, stream: Stream, request: dict[str, Any]) -> AsyncIterator[WorkerEvent]:
-        """The worker's events, with what they mean for the stream."""
-        try:
-            async with aclosing(self.worker.generate(request)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    ended = event.meta_info.finish_reason is not None
-                    stream.state = "finished" if ended else "sealed"
-                    stream.touch()
-                    yield event
-        except StreamError:
-            if stream.state != "finished":
-                await self._after_failure(stream)
-            raise
+    @staticmethod
+    def _whole(stream: Stream, generation: Generation) -> array[int]:
+        """All ids of the prompt, with those of the answer that are kept."""
+        context = stream.context()
+        if context is None or stream.tail is None:
+            raise EngineFailure(f"not all tokens of stream {stream.id} are known here: ask again")
+        return context + stream.tail + array("i", generation.increments.kept)
+
+    def _may_try_again(self, stream: Stream, error: StreamError) -> bool:
+        """Whether another attempt can help: never on the only worker, which just failed."""
+        return isinstance(error, WorkerUnavailable) or len(self.cluster.workers) > 1
 
     async def _after_failure(self, stream: Stream) -> None:
         """Asks the worker what a failed generation left: a refused seal leaves the stream open."""
+        if stream.worker is None:
+            if stream.state == "open":
+                stream.generation = None
+            return
         try:
-            status = await self.worker.status(stream.id)
+            status = await stream.worker.status(Query(stream.id, stream.owner))
         except StreamNotFound:
             self.streams.forget(stream)
             return
@@ -228,8 +336,10 @@ class StreamService:
 
     async def _first_token(self, stream: Stream, ttft_s: float) -> Usage | None:
         self._metrics.ttft.observe(ttft_s)
+        if stream.worker is None:
+            return None
         try:
-            stream.usage = (await self.worker.status(stream.id)).usage
+            stream.usage = (await stream.worker.status(Query(stream.id, stream.owner))).usage
         except StreamError as e:
             logger.warning("no counters for stream %s: %s", stream.id, e.message)
             return None
@@ -247,25 +357,29 @@ class StreamService:
 
     # --- look, delete -------------------------------------------------------------------------
 
-    async def refresh(self, stream_id: str) -> Stream:
+    async def refresh(self, stream_id: str, owner: bytes) -> Stream:
         """The stream, as the worker sees it now. Raises StreamNotFound, WorkerUnavailable."""
-        stream = self._present(stream_id)
+        stream = _present(await self._moves.find(stream_id, owner))
+        if stream.generation is not None and stream.worker is None:
+            return stream  # on its way to another worker
+        worker = await self._moves.ensure(stream)
         try:
-            status = await self.worker.status(stream_id)
+            status = await worker.status(Query(stream_id, owner))
         except StreamNotFound:
             if stream.state == "finished":
                 return stream
             self.streams.forget(stream)
             raise
-        self._present(stream_id)  # its client may have left while the worker was asked
+        _present(stream)  # its client may have left while the worker was asked
+        if stream.epoch == 0 or stream.generation is None:
+            stream.seq, stream.tokens = status.seq, status.tokens
         stream.state, stream.usage = status.state, status.usage
-        stream.seq, stream.tokens = status.seq, status.tokens
         stream.touch()
         return stream
 
-    async def delete(self, stream_id: str) -> None:
+    async def delete(self, stream_id: str, owner: bytes) -> None:
         """Aborts the stream or its generation. Raises StreamNotFound, WorkerUnavailable."""
-        stream = self.streams.get(stream_id)
+        stream = await self._moves.find(stream_id, owner)
         was_sealed = stream.state != "open"
         if stream.state == "aborted":
             self.streams.forget(stream)
@@ -273,8 +387,8 @@ class StreamService:
         if stream.generation is not None:
             stream.generation.stop(StreamNotFound(f"stream {stream_id} was deleted"))
         try:
-            if stream.state != "finished":
-                await self.worker.ask(Abort(stream_id))
+            if stream.state != "finished" and stream.worker is not None:
+                await stream.worker.ask(Abort(stream_id, stream.epoch, owner))
         except StreamSealed:
             pass  # its generation has ended there, perhaps because its connection was closed here
         except StreamNotFound:
@@ -283,37 +397,56 @@ class StreamService:
                 raise
         self.streams.forget(stream)
 
+    # --- workers ------------------------------------------------------------------------------
+
+    def _worker_lost(self, worker: Worker) -> None:
+        """Lets go of a worker; what it held is replayed at once rather than at its next call."""
+        for stream in self.streams.held_by(worker):
+            self._moves.left(stream, worker)
+            stream.worker = None
+            self._move_soon(stream)
+
+    def _move_soon(self, stream: Stream) -> None:
+        if stream.state == "open" and stream.generation is None:
+            self._in_background(self._move(stream))
+
+    async def _move(self, stream: Stream) -> None:
+        try:
+            await self._moves.ensure(stream)
+        except StreamError as e:
+            logger.warning("stream %s could not be moved yet: %s", stream.id, e.message)
+
+    def _worker_ready(self, worker: Worker) -> None:
+        self._in_background(self._moves.clear_left(worker))
+        for stream in self.streams.held_by(None):
+            self._move_soon(stream)  # no worker was there for it before
+
     # --- helpers ------------------------------------------------------------------------------
 
-    async def _adopt(self, info: WorkerInfo) -> None:
-        """Takes a worker that was found; streams of one before it are gone."""
-        model = await asyncio.to_thread(load_model_texts, info.server)
-        self._prompts = PromptBuilder(model, info.vocab_size, self._config.max_chunk_bytes)
-        for stream in self.streams.of_other_workers(info.worker_id):
-            self.streams.forget(stream)
-            if stream.generation is not None:
-                stream.generation.stop(unknown(stream.id))
+    async def _sync(self, stream: Stream) -> None:
+        with suppress(StreamError):  # tried again with the next call
+            await self._moves.sync(stream)
 
-    def _present(self, stream_id: str) -> Stream:
-        """The stream. Raises StreamNotFound, also if its generation was given up."""
-        stream = self.streams.get(stream_id)
-        if stream.state == "aborted":
-            raise unknown(stream_id)
-        return stream
-
-    def _ready(self) -> tuple[WorkerInfo, PromptBuilder]:
-        info = self.worker.info
-        assert self._prompts is not None
-        return info, self._prompts
-
-    async def _tell(self, stream: Stream, event: Append | Update) -> Accepted:
-        try:
-            return await self.worker.ask(event)
-        except StreamNotFound:
-            if stream.state in ("sealed", "finished"):
-                raise _sealed(stream) from None
-            self.streams.forget(stream)
-            raise
+    async def _tell(self, stream: Stream, event: Callable[[], Append | Update]) -> Accepted:
+        """The answer to an event, from whichever worker holds the stream by then."""
+        for attempt in range(_TRIES):
+            worker = await self._moves.ensure(stream)
+            try:
+                return await worker.ask(event())
+            except WorkerUnavailable:
+                if worker.ready or attempt == _TRIES - 1:
+                    raise
+            except (StreamNotFound, StreamMoved) as e:
+                if stream.state in ("sealed", "finished"):
+                    raise _sealed(stream) from None
+                if attempt == _TRIES - 1:
+                    raise
+                try:
+                    await self._moves.refresh(stream)
+                except StreamNotFound:
+                    self.streams.forget(stream)
+                    raise e from None
+        raise AssertionError("the last try returns or raises")
 
     def _idle_timeout_s(self, wanted: float | None) -> float:
         longest = self._config.max_idle_timeout_s
@@ -335,13 +468,22 @@ class StreamService:
             self._in_background(self._abort_in_worker(stream))
 
     async def _abort_in_worker(self, stream: Stream) -> None:
+        if stream.worker is None:
+            return
         with suppress(StreamError):  # what is missed expires
-            await self.worker.ask(Abort(stream.id))
+            await stream.worker.ask(Abort(stream.id, stream.epoch, stream.owner))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _present(stream: Stream) -> Stream:
+    """The stream. Raises StreamNotFound if its generation was given up."""
+    if stream.state == "aborted":
+        raise unknown(stream.id)
+    return stream
 
 
 def _joined(generation: Generation, request_id: str | None, stream: Stream) -> Generation:

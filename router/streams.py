@@ -1,7 +1,8 @@
 """The router's copy of its streams: what a prompt is put together from, and who is generating.
 
 The worker is the authority on a stream's sequence and state; what is here is a cache of it, the
-tokens that were sent, and the generation.
+tokens that were sent, and the generation. What a worker need not understand but another router
+must know travels with the stream as its *memo*.
 """
 
 from __future__ import annotations
@@ -11,18 +12,34 @@ from array import array
 from asyncio import Lock
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from secrets import token_hex
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from router.generation import Generation
 from router.schemas import DocumentBody, Order, text_of
+from router.worker import Worker
 from sglang_stream.errors import LimitReached, StreamNotFound
-from sglang_stream.messages import Accepted, Mode, State, Usage, digest
+from sglang_stream.messages import Accepted, Copy, Mode, State, Usage, digest
 from sglang_stream.prompt import Opening, arrange
 
 _IDLE_SLACK_S = 1.0
+_TOKEN_BYTES = 4
+
+
+class Memo(msgspec.Struct, frozen=True, array_like=True):
+    """What a router must know of a stream that another one opened."""
+
+    model: str
+    created: int
+    order: Order
+    kind: Literal["chat", "text", "ids"]
+    closing: str
+    placed: list[bytes] = []
+
+
+_encode_memo = msgspec.msgpack.Encoder().encode
+_decode_memo = msgspec.msgpack.Decoder(Memo).decode
 
 
 @dataclass(frozen=True)
@@ -38,29 +55,83 @@ class Placement:
 class Stream:
     """One stream. `chunks`: the ids of each accepted call by its number; of the latest update only.
 
-    `sending` keeps the calls of one stream in the order in which they arrived, while the texts of
-    some are tokenised in a thread. `seq` and `tokens` (the prompt's length) are as the worker last
-    told. `touched_s`: the time of the last call, on the monotonic clock.
+    `worker`: who holds it, None while it is between two workers. `epoch`: how often it has moved.
+    `owner`, `namespace`: see `messages.Open`. `sending` keeps the calls of one stream in the order
+    in which they arrived, while the texts of some are tokenised in a thread; `moving` is held
+    while it changes workers. `seq` and `tokens` (the prompt's length) are as the worker last told.
+    `tail`: ids after the context, known once it is sealed. `touched_s`: the time of the last call,
+    on the monotonic clock.
     """
 
+    id: str
     mode: Mode
     model: str
-    worker_id: str
     opening: Opening
     order: Order
     idle_timeout_s: float
-    id: str = field(default_factory=lambda: f"st-{token_hex(16)}")
+    worker: Worker | None
+    owner: bytes = b""
+    namespace: str | None = None
+    epoch: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
     state: State = "open"
     seq: int = 0
     tokens: int = 0
     usage: Usage = field(default_factory=Usage)
     chunks: dict[int, array[int]] = field(default_factory=dict)
+    tail: array[int] | None = None
     sending: Lock = field(default_factory=Lock)
+    moving: Lock = field(default_factory=Lock)
     generation: Generation | None = None
     touched_s: float = field(default_factory=time.monotonic)
     _placed: list[bytes] = field(default_factory=list)
     _placed_before: dict[int, list[bytes]] = field(default_factory=dict)
+
+    @classmethod
+    def from_copy(cls, copy: Copy, worker: Worker, owner: bytes) -> Stream:
+        """A stream of which another router's worker told."""
+        memo = _decode_memo(copy.memo)
+        opening = array("i")
+        opening.frombytes(copy.opening)
+        stream = cls(
+            id=copy.status.stream_id,
+            mode=copy.status.mode,
+            model=memo.model,
+            opening=Opening(opening, memo.closing, memo.kind),
+            order=memo.order,
+            idle_timeout_s=copy.idle_timeout_s,
+            worker=worker,
+            owner=owner,
+            namespace=copy.namespace,
+            created=memo.created,
+        )
+        stream.take_copy(copy, worker)
+        return stream
+
+    def take_copy(self, copy: Copy, worker: Worker) -> None:
+        """Brings the copy here up to what its worker has."""
+        self.worker, self.epoch = worker, copy.epoch
+        self.state, self.usage = copy.status.state, copy.status.usage
+        self.seq, self.tokens = copy.status.seq, copy.status.tokens
+        if self.mode == "update" and copy.chunks:
+            self.chunks = {}
+        for seq, raw in copy.chunks:
+            self.chunks[seq] = array("i")
+            self.chunks[seq].frombytes(raw)
+        self._placed = _decode_memo(copy.memo).placed
+
+    def memo(self, placed: list[bytes] | None = None) -> bytes:
+        """What travels with the stream; `placed`: the keys of its documents, in their order."""
+        return _encode_memo(
+            Memo(
+                model=self.model,
+                created=self.created,
+                order=self.order,
+                kind=self.opening.kind,
+                closing=self.opening.closing,
+                placed=self._placed if placed is None else placed,
+            )
+        )
 
     def touch(self) -> None:
         self.touched_s = time.monotonic()
@@ -95,16 +166,39 @@ class Stream:
         if answer.seq >= self.seq:
             self.seq, self.tokens = answer.seq, answer.tokens
 
-    def prompt(self, tail: array[int]) -> list[int] | None:
-        """All ids of the prompt; None if the worker has some that are not known of here."""
+    def context(self) -> array[int] | None:
+        """All ids of the prompt so far; None if the worker has some that are not known of here."""
         ids = array("i", self.opening.tokens)
         for seq in sorted(self.chunks):
             ids.extend(self.chunks[seq])
-        return (ids + tail).tolist() if len(ids) == self.tokens else None
+        return ids if len(ids) == self.tokens else None
 
-    def described(self) -> dict[str, Any]:
-        """The object that answers GET."""
-        return {
+    def prompt(self) -> list[int] | None:
+        """All ids of a sealed stream's prompt; None if some are not known of here."""
+        context = self.context()
+        if context is None or self.tail is None:
+            return None
+        return (context + self.tail).tolist()
+
+    @property
+    def known_seq(self) -> int:
+        """Up to which number the ids are known here, without gaps in append mode."""
+        if self.mode == "update":
+            return max(self.chunks, default=0)
+        seq = 0
+        while seq + 1 in self.chunks:
+            seq += 1
+        return seq
+
+    @property
+    def bytes(self) -> int:
+        """What the copy of its prompt takes in memory."""
+        return _TOKEN_BYTES * self.tokens
+
+    def described(self, *, with_worker: bool = False) -> dict[str, Any]:
+        """The object that answers GET; `with_worker`: also who holds it."""
+        place = {"prefill_worker": self.worker.url if self.worker else None}
+        return (place if with_worker else {}) | {
             "id": self.id,
             "object": "stream",
             "mode": self.mode,
@@ -117,25 +211,34 @@ class Stream:
 
 
 class Streams:
-    """The streams by id. `limit`: how many may be open at once."""
+    """The streams by id. `limit`: how many may be open at once; `buffer_bytes`: above this many
+    in copies of prompts no new stream is taken."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, buffer_bytes: int) -> None:
         self._limit = limit
+        self._buffer_bytes = buffer_bytes
         self._by_id: dict[str, Stream] = {}
 
-    def add(self, stream: Stream) -> None:
-        """Raises LimitReached."""
+    def check_room(self) -> None:
+        """Raises LimitReached unless another stream may be opened."""
         if self.open_count() >= self._limit:
             raise LimitReached(
                 f"{self._limit} streams are open, which is the limit: try again when one is done",
                 retry_after=1,
             )
+        if sum(s.bytes for s in self._by_id.values()) > self._buffer_bytes:
+            raise LimitReached(
+                "the prompts of open streams fill --stream-buffer-gb: try again when one is done",
+                retry_after=1,
+            )
+
+    def add(self, stream: Stream) -> None:
         self._by_id[stream.id] = stream
 
-    def get(self, stream_id: str) -> Stream:
-        """Raises StreamNotFound."""
+    def find(self, stream_id: str, owner: bytes) -> Stream | None:
+        """The stream, None if it is not known here. Raises StreamNotFound for another's."""
         stream = self._by_id.get(stream_id)
-        if stream is None:
+        if stream is not None and stream.owner != owner:
             raise unknown(stream_id)
         return stream
 
@@ -148,8 +251,8 @@ class Streams:
     def open(self) -> Iterator[Stream]:
         return (s for s in self._by_id.values() if s.state == "open")
 
-    def of_other_workers(self, worker_id: str) -> list[Stream]:
-        return [s for s in self._by_id.values() if s.worker_id != worker_id]
+    def held_by(self, worker: Worker | None) -> list[Stream]:
+        return [s for s in self._by_id.values() if s.worker is worker]
 
     def idle(self, now_s: float) -> list[Stream]:
         """The streams whose time is up; one that is being generated never is.

@@ -1,6 +1,9 @@
 """One worker as the router sees it: found, greeted, watched, asked and made to generate.
 
-look for it -> Welcome, tokenizer loaded -> ready --no process, another worker id--> look again
+    look for it -> Welcome -> ready --no process, silent for too long, another id--> look again
+
+A worker is silent for too long when it has said nothing for HANG_S after its last word and after
+the end that it predicted for its forward. Calls that run on it end at once when it is lost.
 """
 
 from __future__ import annotations
@@ -11,19 +14,36 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 import zmq.asyncio
 
 from router.link import Link
+from router.load import WorkerLoad
 from router.sse import sse_data
 from sglang_stream.errors import EngineFailure, StreamError, WorkerUnavailable, from_fields
-from sglang_stream.messages import Accepted, Event, Query, Status
+from sglang_stream.messages import (
+    Accepted,
+    Copy,
+    Event,
+    Fetch,
+    Query,
+    Report,
+    Role,
+    Snapshot,
+    Status,
+    Welcome,
+)
 
 logger = logging.getLogger(__name__)
 
+HANG_S = 4.0
+"""How long a worker may be silent. Its scheduler answers between two forwards."""
+
 _PROBE_TIMEOUT_S = 5.0
+_GONE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,14 +51,19 @@ class WorkerInfo:
     """What a ready worker is. `context_len`: prompt and answer together, in tokens.
 
     `incremental`: whether each event of its answers holds the new tokens only, or all so far.
-    `server`: SGLang's own description of the server.
+    `bootstrap_port`: where a prefill worker is met by decode workers. `pid`: of a worker that
+    `serve` has started. `server`: SGLang's own description of the server.
     """
 
     worker_id: str
+    role: Role
     model: str
     context_len: int
     vocab_size: int
+    kv_tokens: int
     incremental: bool
+    bootstrap_port: int
+    pid: int | None
     server: dict[str, Any]
 
 
@@ -66,27 +91,45 @@ _decode_event = msgspec.json.Decoder(WorkerEvent).decode
 class Worker:
     """The client of one worker.
 
-    `on_found` is awaited with each worker found at `url`, before it counts as ready; an error of
-    it is the reason why the worker is not ready. `question_timeout_s` bounds a ZeroMQ question,
-    `heartbeat_s` is the time between two heartbeats, also between two tries to find a worker.
+    `role` and `bootstrap_port`: what the operator said of it, which must be true; None to take
+    what it says itself. `accept` is awaited with each worker found at `url`, before it counts as
+    ready; an error of it is the reason why the worker is not ready. `on_ready` and `on_lost` are
+    called when it becomes ready and when it stops being it. `question_timeout_s` bounds a ZeroMQ
+    question, `heartbeat_s` is the time between two heartbeats, also between two tries to find a
+    worker.
     """
 
     def __init__(
         self,
         url: str,
         http: httpx.AsyncClient,
-        on_found: Callable[[WorkerInfo], Awaitable[None]],
+        accept: Callable[[Worker, WorkerInfo], Awaitable[None]],
+        on_ready: Callable[[Worker], None],
+        on_lost: Callable[[Worker], None],
         *,
+        role: Role | None = None,
+        bootstrap_port: int | None = None,
+        secret: str | None = None,
         question_timeout_s: float = 25.0,
         heartbeat_s: float = 1.0,
     ) -> None:
         self.url = url.rstrip("/")
+        self.load = WorkerLoad()
+        self.placed = 0  # streams and requests given to it since its last report
+        self.draining = False
         self._http = http
-        self._on_found = on_found
+        self._accept = accept
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self._role = role
+        self._bootstrap_port = bootstrap_port
+        self._secret = secret
         self._question_timeout_s = question_timeout_s
         self._heartbeat_s = heartbeat_s
         self._link: Link | None = None
         self._info: WorkerInfo | None = None
+        self._resyncing: asyncio.Task[None] | None = None
+        self._calls: set[_Call] = set()
         self._reason = f"the worker at {self.url} has not been reached yet"
 
     @property
@@ -96,15 +139,23 @@ class Worker:
             raise WorkerUnavailable(self._reason, retry_after=1)
         return self._info
 
-    def check_ready(self) -> None:
-        """Raises WorkerUnavailable unless the worker was found and its scheduler answers."""
-        _ = self.info
-        assert self._link is not None
-        silent_s = time.monotonic() - self._link.heard_s
-        if silent_s > self._question_timeout_s:
-            raise WorkerUnavailable(
-                f"the scheduler of the worker at {self.url} has been silent for {silent_s:.0f} s"
-            )
+    @property
+    def ready(self) -> bool:
+        return self._info is not None
+
+    @property
+    def role(self) -> Role:
+        """Its own word, or else the operator's."""
+        return self._info.role if self._info is not None else self._role or "unified"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready."""
+        return self._reason
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
 
     async def run(self) -> None:
         """Finds the worker and watches it, for ever."""
@@ -132,18 +183,48 @@ class Worker:
             raise EngineFailure(f"the worker answered with {type(answer).__name__}")
         return answer
 
-    async def status(self, stream_id: str) -> Status:
+    async def status(self, query: Query) -> Status:
         """The stream as the worker sees it; see `Link.ask`."""
-        answer = await self._live_link().ask(Query(stream_id))
+        answer = await self._live_link().ask(query)
         if not isinstance(answer, Status):
+            raise EngineFailure(f"the worker answered with {type(answer).__name__}")
+        return answer
+
+    async def fetch(self, fetch: Fetch) -> Copy:
+        """A copy of a stream; see `Link.ask`."""
+        answer = await self._live_link().ask(fetch)
+        if not isinstance(answer, Copy):
             raise EngineFailure(f"the worker answered with {type(answer).__name__}")
         return answer
 
     async def generate(self, body: dict[str, Any]) -> AsyncIterator[WorkerEvent]:
         """The events of one `/generate` call. Closing the iterator aborts it in the worker.
 
-        Raises the error that the worker reports, WorkerUnavailable if the connection fails.
+        Raises the error that the worker reports, WorkerUnavailable if the connection fails or the
+        worker is lost.
         """
+        _ = self.info
+        call = _Call(self._read_events(body))
+        self._calls.add(call)
+        try:
+            async for event in call:
+                yield event
+        finally:
+            self._calls.discard(call)
+            await call.close()
+
+    async def flush_cache(self, query: str) -> str | None:
+        """Empties the worker's prefix cache; what went wrong, None if nothing.
+
+        `query`: the call's query string, for SGLang's own options.
+        """
+        try:
+            answer = await self._http.post(f"{self.url}/flush_cache?{query}")
+        except httpx.TransportError as e:
+            return self._lost(e).message
+        return None if answer.is_success else answer.text.strip() or f"status {answer.status_code}"
+
+    async def _read_events(self, body: dict[str, Any]) -> AsyncIterator[WorkerEvent]:
         try:
             async with self._http.stream(
                 "POST",
@@ -163,17 +244,6 @@ class Worker:
             raise self._lost(e) from e
         except msgspec.DecodeError as e:
             raise EngineFailure(f"the worker's answer cannot be read: {e}") from e
-
-    async def flush_cache(self, query: str) -> str | None:
-        """Empties the worker's prefix cache; what went wrong, None if nothing.
-
-        `query`: the call's query string, for SGLang's own options.
-        """
-        try:
-            answer = await self._http.post(f"{self.url}/flush_cache?{query}")
-        except httpx.TransportError as e:
-            return self._lost(e).message
-        return None if answer.is_success else answer.text.strip() or f"status {answer.status_code}"
 
     def _live_link(self) -> Link:
         _ = self.info
@@ -195,24 +265,45 @@ class Worker:
                 "`sglang-stream worker`"
             )
         card = (await self._get("/v1/models"))["data"][0]
-        link = Link(context, stream_support["endpoint"], self._question_timeout_s)
+        self.load = WorkerLoad()
+        link = Link(
+            context,
+            _reachable(stream_support["endpoint"], self.host),
+            self._question_timeout_s,
+            self._secret,
+            self._heard_report,
+        )
         try:
             welcome = await link.hello()
+            self._check_role(welcome)
             link.grant(welcome.credits)
             info = WorkerInfo(
                 worker_id=welcome.worker_id,
+                role=welcome.role,
                 model=card["id"],
                 context_len=card["max_model_len"],
                 vocab_size=welcome.vocab_size,
+                kv_tokens=welcome.kv_tokens,
                 incremental=bool(server.get("incremental_streaming_output")),
+                bootstrap_port=self._bootstrap_port or server["disaggregation_bootstrap_port"],
+                pid=stream_support.get("pid"),
                 server=server,
             )
-            await self._on_found(info)
+            self.load.restore(await link.snapshot())
+            await self._accept(self, info)
         except BaseException:
             link.close(self._reason)
             raise
         self._link, self._info = link, info
+        self._on_ready(self)
         logger.info("worker %s at %s is ready: %s", info.worker_id, self.url, info.model)
+
+    def _check_role(self, welcome: Welcome) -> None:
+        if self._role is not None and welcome.role != self._role:
+            raise WorkerUnavailable(
+                f"the worker at {self.url} is a {welcome.role} worker, not a {self._role} one: "
+                "give it to the router by the flag for its role"
+            )
 
     async def _watch(self) -> None:
         """Returns never: raises WorkerUnavailable when this worker is gone."""
@@ -220,9 +311,10 @@ class Worker:
         while True:
             await asyncio.sleep(self._heartbeat_s)
             try:
-                welcome = await link.hello(timeout_s=max(self._heartbeat_s, 1.0))
+                welcome = await link.hello(timeout_s=self._heartbeat_s)
             except WorkerUnavailable:
-                await self._check_process()  # its scheduler may be busy with a long forward
+                await self._check_process()
+                self._check_silence(link)
                 continue
             if welcome.worker_id != info.worker_id:
                 raise WorkerUnavailable(f"the worker at {self.url} was started anew: try again")
@@ -230,11 +322,36 @@ class Worker:
     async def _check_process(self) -> None:
         """Raises WorkerUnavailable if nothing listens any more; slow is not gone."""
         try:
-            await self._http.get(f"{self.url}/model_info", timeout=_PROBE_TIMEOUT_S)
+            await self._http.get(f"{self.url}/model_info", timeout=_GONE_TIMEOUT_S)
         except httpx.TimeoutException:
             return
         except httpx.TransportError as e:
             raise self._lost(e) from e
+
+    def _check_silence(self, link: Link) -> None:
+        """Raises WorkerUnavailable if the scheduler has been silent for too long."""
+        now = time.monotonic()
+        silent_s = now - max(link.heard_s, self.load.busy_until_s)
+        if silent_s > HANG_S:
+            raise WorkerUnavailable(
+                f"the scheduler of the worker at {self.url} has been silent for "
+                f"{now - link.heard_s:.0f} s"
+            )
+
+    def _heard_report(self, report: Report) -> None:
+        self.placed = 0
+        if self.load.apply(report, time.monotonic()) or self._link is None:
+            return
+        if self._resyncing is None or self._resyncing.done():
+            self._resyncing = asyncio.create_task(self._resync(self._link))
+
+    async def _resync(self, link: Link) -> None:
+        try:
+            snapshot: Snapshot = await link.snapshot()
+        except StreamError as e:
+            logger.warning("no snapshot of the cache of %s: %s", self.url, e.message)
+            return
+        self.load.restore(snapshot)
 
     async def _get(self, path: str) -> dict[str, Any]:
         try:
@@ -253,9 +370,58 @@ class Worker:
         if reason != self._reason:
             logger.warning("%s", reason)
         self._reason = reason
+        was_ready = self._info is not None
         if self._link is not None:
             self._link.close(reason)
         self._link = self._info = None
+        for call in self._calls:
+            call.fail(WorkerUnavailable(reason))
+        if was_ready:
+            self._on_lost(self)
+
+
+class _Call:
+    """The events of one call, read by a task of its own so that it can be made to fail."""
+
+    def __init__(self, events: AsyncIterator[WorkerEvent]) -> None:
+        self._queue: asyncio.Queue[WorkerEvent | StreamError | None] = asyncio.Queue()
+        self._task = asyncio.create_task(self._pump(events))
+
+    def fail(self, error: StreamError) -> None:
+        """Ends the call now; its reader gets `error` after what has arrived."""
+        self._task.cancel()
+        self._queue.put_nowait(error)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def __aiter__(self) -> _Call:
+        return self
+
+    async def __anext__(self) -> WorkerEvent:
+        item = await self._queue.get()
+        if item is None:
+            raise StopAsyncIteration
+        if isinstance(item, StreamError):
+            raise item
+        return item
+
+    async def _pump(self, events: AsyncIterator[WorkerEvent]) -> None:
+        try:
+            async for event in events:
+                self._queue.put_nowait(event)
+        except StreamError as e:
+            self._queue.put_nowait(e)
+        except Exception as e:
+            self._queue.put_nowait(EngineFailure(f"the worker's answer was lost: {e!r}"))
+        else:
+            self._queue.put_nowait(None)
+
+
+def _reachable(endpoint: str, host: str) -> str:
+    """A worker that listens everywhere is reached where its HTTP server is."""
+    return endpoint.replace("//0.0.0.0:", f"//{host}:").replace("//*:", f"//{host}:")
 
 
 def _raise_failure(event: WorkerEvent) -> None:

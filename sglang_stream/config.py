@@ -6,9 +6,17 @@ processes as JSON in the environment variable `SGLANG_STREAM`; the value `1` mea
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
+from sglang_stream.messages import Role
+
 ENGINE_VARIABLE = "SGLANG_STREAM"
+SECRET_VARIABLE = "SGLANG_STREAM_SECRET"
+
+PlacementName = Literal["stream_aware", "round_robin", "least_loaded", "prefix"]
+"""How a stream's prefill worker is chosen (see `router.placement`)."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -17,7 +25,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `host`, `port`: where the socket for chunk events is bound; port 0 takes a free one (a router
     finds it through the worker's `/get_server_info`). `max_streams`: open at once.
     `pass_tokens`: the most tokens of open streams computed in one iteration.
-    `max_prompt_tokens`: of one stream, None for the model's context length.
+    `max_prompt_tokens`: of one stream, None for the model's context length. `secret`: only
+    routers that have the same one can reach the socket, and what is said is encrypted. `served`:
+    started by `sglang-stream serve`, which tells its users the process's number.
     """
 
     host: str = "127.0.0.1"
@@ -26,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_prompt_tokens: int | None = None
     pass_tokens: int = 512
     credits: int = 256
+    secret: str | None = None
+    served: bool = False
 
     def to_json(self) -> str:
         return msgspec.json.encode(self).decode()
@@ -41,22 +53,36 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"{ENGINE_VARIABLE} is neither 1 nor valid JSON settings: {e}") from e
 
 
-class RouterConfig(msgspec.Struct, frozen=True):
-    """A router in front of one worker.
+class WorkerAddress(msgspec.Struct, frozen=True):
+    """A worker as the operator names it. `role`, `bootstrap_port`: None to ask the worker."""
 
-    `worker_url`: the worker's HTTP address. `max_open_streams`: over all clients. `max_body_bytes`
-    bounds every request body, `max_chunk_bytes` the text of one document or chunk.
-    `idle_timeout_s`: a stream without calls is dropped after it, unless its opener chose another
-    (at most `max_idle_timeout_s`). `resume_grace_s`: how long a generation whose client is gone
-    waits, before its first token was delivered, for the same `request_id` to come again.
+    url: str
+    role: Role | None = None
+    bootstrap_port: int | None = None
+
+
+class RouterConfig(msgspec.Struct, frozen=True):
+    """A router in front of one or more workers.
+
+    `max_open_streams`: over all clients. `max_body_bytes` bounds every request body,
+    `max_chunk_bytes` the text of one document or chunk. `stream_buffer_gb`: the most memory for
+    copies of prompts, from which streams are replayed. `idle_timeout_s`: a stream without calls is
+    dropped after it, unless its opener chose another (at most `max_idle_timeout_s`).
+    `resume_grace_s`: how long a generation whose client is gone waits, before its first token was
+    delivered, for the same `request_id` to come again. `worker_wait_s`: how long a call waits for
+    a worker when none is ready. `secret`: what workers and routers share.
     """
 
-    worker_url: str
+    workers: tuple[WorkerAddress, ...] = ()
     host: str = "127.0.0.1"
     port: int = 30000
+    placement: PlacementName = "stream_aware"
     max_open_streams: int = 1024
     max_body_bytes: int = 32 << 20
     max_chunk_bytes: int = 4 << 20
+    stream_buffer_gb: float = 4.0
     idle_timeout_s: float = 60.0
     max_idle_timeout_s: float = 3600.0
     resume_grace_s: float = 10.0
+    worker_wait_s: float = 10.0
+    secret: str | None = None

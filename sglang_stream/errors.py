@@ -11,6 +11,7 @@
     |   |-- StreamSealed              409     stream_sealed
     |   |-- SequenceGap               409     seq_gap             (expected_seq)
     |   |-- SequenceConflict          409     seq_conflict
+    |   |-- StreamMoved               409     stream_moved
     |   `-- GenerationStarted         409     generation_started
     |-- TooLarge                      413     too_large
     |   |-- PromptTooLong             413     prompt_too_long
@@ -103,6 +104,10 @@ class SequenceGap(Conflict):
 
 class SequenceConflict(Conflict):
     code = "seq_conflict"
+
+
+class StreamMoved(Conflict):
+    code = "stream_moved"
 
 
 class GenerationStarted(Conflict):

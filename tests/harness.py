@@ -84,7 +84,7 @@ class Worker:
     def receive(self, timeout_s: float = 60) -> tuple[bytes, m.Answer]:
         assert self.socket.poll(timeout_s * 1000), f"no answer on the chunk socket; see {self.log}"
         call_id, payload = self.socket.recv_multipart()
-        return call_id, m.decode_answer(payload)
+        return call_id, m.decode_said(payload)
 
     def ask(self, question: m.Question, timeout_s: float = 60) -> Any:
         """Sends one question and returns its answer. Raises the error of a refusal."""

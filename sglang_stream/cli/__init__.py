@@ -18,7 +18,8 @@ from typing import Annotated
 import typer
 
 from sglang_stream.cli import options as o
-from sglang_stream.config import EngineConfig, RouterConfig
+from sglang_stream.cli.addresses import join_bootstrap_ports
+from sglang_stream.config import SECRET_VARIABLE, EngineConfig, RouterConfig
 from sglang_stream.errors import InvalidRequest, StreamError, WorkerUnavailable
 
 WITH_SGLANG_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -27,7 +28,7 @@ WITH_SGLANG_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 def main() -> None:
     """Runs the command line given to this process."""
     try:
-        build_app()()
+        build_app()(join_bootstrap_ports(sys.argv[1:]))
     except StreamError as e:
         print(f"sglang-stream: {e.message}", file=sys.stderr)
         sys.exit(1)
@@ -62,6 +63,10 @@ def serve(
     model_path: o.ModelPath,
     host: o.Host = o.ROUTER.host,
     port: o.Port = o.ROUTER.port,
+    workers: o.UnifiedWorkers = 1,
+    prefill_workers: o.PrefillWorkers = 0,
+    decode_workers: o.DecodeWorkers = 0,
+    placement: o.Placement = o.ROUTER.placement,
     worker_log: o.WorkerLog = None,
     start_timeout_s: o.StartTimeout = 600.0,
     max_open_streams: o.OpenStreams = o.ROUTER.max_open_streams,
@@ -71,21 +76,28 @@ def serve(
     max_chunk_bytes: o.ChunkBytes = o.ROUTER.max_chunk_bytes,
     idle_timeout_s: o.IdleTimeout = o.ROUTER.idle_timeout_s,
     max_idle_timeout_s: o.MaxIdleTimeout = o.ROUTER.max_idle_timeout_s,
+    stream_buffer_gb: o.BufferGb = o.ROUTER.stream_buffer_gb,
+    worker_wait_s: o.WorkerWait = o.ROUTER.worker_wait_s,
     resume_grace_s: o.ResumeGrace = o.ROUTER.resume_grace_s,
 ) -> None:
-    """Serve a model: a worker and the router in front of it, until Ctrl-C.
+    """Serve a model: its workers and the router in front of them, until Ctrl-C.
 
-    Flags that are not listed here go to SGLang (python -m sglang.launch_server --help):
+    Flags that are not listed here go to SGLang (python -m sglang.launch_server --help), for each
+    of the workers, which take their GPUs one after the other:
 
       sglang-stream serve --model-path Qwen/Qwen2.5-7B-Instruct
 
       sglang-stream serve --model-path ./model --port 8000 --tp 2 --mem-fraction-static 0.8
+
+      sglang-stream serve --model-path ./model --prefill-workers 2 --decode-workers 1
     """
     from sglang_stream.cli.ports import choose_port, require_free_port
-    from sglang_stream.cli.serve import ServePlan
+    from sglang_stream.cli.serve import ServePlan, plan_workers
     from sglang_stream.cli.serve import serve as run
 
     _require("server", "sglang")
+    if prefill_workers or decode_workers:
+        _require("disaggregation", "mooncake")
     _require_model(model_path)
     if port == 0:
         port = choose_port(host)
@@ -96,17 +108,22 @@ def serve(
             max_streams=max_open_streams,
             max_prompt_tokens=max_prompt_tokens,
             pass_tokens=stream_pass_tokens,
+            secret=os.environ.get(SECRET_VARIABLE),
+            served=True,
         ),
         RouterConfig(
-            worker_url=f"http://127.0.0.1:{choose_port()}",
+            workers=plan_workers(workers, prefill_workers, decode_workers),
             host=host,
             port=port,
+            placement=placement,
             max_open_streams=max_open_streams,
             max_body_bytes=max_body_bytes,
             max_chunk_bytes=max_chunk_bytes,
             idle_timeout_s=idle_timeout_s,
             max_idle_timeout_s=max_idle_timeout_s,
             resume_grace_s=resume_grace_s,
+            stream_buffer_gb=stream_buffer_gb,
+            worker_wait_s=worker_wait_s,
         ),
         ctx.args,
         _writable(worker_log or Path(tempfile.mkdtemp(prefix="sglang-stream-")) / "worker.log"),
@@ -118,6 +135,7 @@ def serve(
 def worker(
     ctx: typer.Context,
     model_path: o.ModelPath,
+    role: o.WorkerRole = "unified",
     stream_host: o.StreamHost = o.ENGINE.host,
     stream_port: o.StreamPort = o.ENGINE.port,
     max_open_streams: o.OpenStreams = o.ENGINE.max_streams,
@@ -129,6 +147,11 @@ def worker(
     Flags that are not listed here go to SGLang (python -m sglang.launch_server --help):
 
       sglang-stream worker --model-path ./model --port 30001 --tp 2
+
+      sglang-stream worker --role prefill --model-path ./model --disaggregation-bootstrap-port 8998
+
+    Routers and workers that have the same SGLANG_STREAM_SECRET in their environment talk to each
+    other only, and encrypted.
 
     SGLang started by its own command gets stream support from SGLANG_STREAM=1 in its environment.
     """
@@ -144,14 +167,19 @@ def worker(
             max_streams=max_open_streams,
             max_prompt_tokens=max_prompt_tokens,
             pass_tokens=stream_pass_tokens,
+            secret=os.environ.get(SECRET_VARIABLE),
         ),
         ctx.args,
+        role=role,
     )
     os.execve(argv[0], argv, {**os.environ, **additions})
 
 
 def router(
-    worker: o.WorkerUrl,
+    worker: o.WorkerUrls = [],  # noqa: B006
+    prefill: o.PrefillUrls = [],  # noqa: B006
+    decode: o.DecodeUrls = [],  # noqa: B006
+    placement: o.Placement = o.ROUTER.placement,
     host: o.Host = o.ROUTER.host,
     port: o.Port = o.ROUTER.port,
     max_open_streams: o.OpenStreams = o.ROUTER.max_open_streams,
@@ -159,33 +187,41 @@ def router(
     max_chunk_bytes: o.ChunkBytes = o.ROUTER.max_chunk_bytes,
     idle_timeout_s: o.IdleTimeout = o.ROUTER.idle_timeout_s,
     max_idle_timeout_s: o.MaxIdleTimeout = o.ROUTER.max_idle_timeout_s,
+    stream_buffer_gb: o.BufferGb = o.ROUTER.stream_buffer_gb,
+    worker_wait_s: o.WorkerWait = o.ROUTER.worker_wait_s,
     resume_grace_s: o.ResumeGrace = o.ROUTER.resume_grace_s,
 ) -> None:
-    """Start a router alone, in front of a worker that runs elsewhere.
+    """Start a router alone, in front of workers that run elsewhere.
 
-    sglang-stream worker --model-path ./model --port 30001
+      sglang-stream router --worker http://10.0.0.1:30001 --worker http://10.0.0.2:30001
 
-    sglang-stream router --worker http://127.0.0.1:30001 --port 30000
+      sglang-stream router --prefill http://10.0.0.1:30001 8998 --decode http://10.0.0.2:30001
+
+    Several routers may share the same workers behind a load balancer.
     """
+    from sglang_stream.cli.addresses import worker_addresses
     from sglang_stream.cli.ports import require_free_port
 
-    if not worker.startswith(("http://", "https://")):
-        raise InvalidRequest(f"--worker {worker}: give an address such as http://127.0.0.1:30001")
+    workers = worker_addresses(worker, prefill, decode)
     require_free_port(host, port)
     _require("server", "fastapi", "uvicorn", "zmq", "transformers")
     from router.server import run
 
     run(
         RouterConfig(
-            worker_url=worker.rstrip("/"),
+            workers=workers,
             host=host,
             port=port,
+            placement=placement,
             max_open_streams=max_open_streams,
             max_body_bytes=max_body_bytes,
             max_chunk_bytes=max_chunk_bytes,
             idle_timeout_s=idle_timeout_s,
             max_idle_timeout_s=max_idle_timeout_s,
             resume_grace_s=resume_grace_s,
+            stream_buffer_gb=stream_buffer_gb,
+            worker_wait_s=worker_wait_s,
+            secret=os.environ.get(SECRET_VARIABLE),
         )
     )
 

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from sglang_stream.config import EngineConfig, RouterConfig
+from sglang_stream.config import EngineConfig, PlacementName, RouterConfig
+from sglang_stream.messages import Role
 
 ENGINE = EngineConfig()
-ROUTER = RouterConfig(worker_url="")
+ROUTER = RouterConfig()
 
 _SERVER = "Server"
 _LIMITS = "Limits"
+_WORKERS = "Workers"
 
 ModelPath = Annotated[
     str,
@@ -106,15 +108,100 @@ Port = Annotated[
     int,
     typer.Option("--port", min=0, max=65535, help="The router's port.", rich_help_panel=_SERVER),
 ]
-WorkerUrl = Annotated[
-    str,
-    typer.Option("--worker", help="The worker's address, http://HOST:PORT.", show_default=False),
+WorkerUrls = Annotated[
+    list[str],
+    typer.Option(
+        "--worker",
+        help="A worker that prefills and decodes, http://HOST:PORT. May be repeated.",
+        show_default=False,
+        rich_help_panel=_WORKERS,
+    ),
+]
+PrefillUrls = Annotated[
+    list[str],
+    typer.Option(
+        "--prefill",
+        metavar="URL [PORT]",
+        help="A prefill worker, and its bootstrap port if it does not tell the right one. May be "
+        "repeated.",
+        show_default=False,
+        rich_help_panel=_WORKERS,
+    ),
+]
+DecodeUrls = Annotated[
+    list[str],
+    typer.Option(
+        "--decode",
+        help="A decode worker. May be repeated.",
+        show_default=False,
+        rich_help_panel=_WORKERS,
+    ),
+]
+Placement = Annotated[
+    PlacementName,
+    typer.Option(
+        "--placement",
+        help="How a stream's worker is chosen: by the seconds until it could have computed the "
+        "prompt (stream_aware), in turn, by the least load, or by the longest cached prefix.",
+        rich_help_panel=_WORKERS,
+    ),
+]
+WorkerRole = Annotated[
+    Role,
+    typer.Option("--role", help="Whether the worker computes prompts, answers, or both."),
+]
+UnifiedWorkers = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="How many workers that prefill and decode.",
+        rich_help_panel=_WORKERS,
+    ),
+]
+PrefillWorkers = Annotated[
+    int,
+    typer.Option(
+        "--prefill-workers",
+        min=0,
+        help="How many workers that only prefill, in place of those that do both; their KV moves "
+        "to the decode workers.",
+        rich_help_panel=_WORKERS,
+    ),
+]
+DecodeWorkers = Annotated[
+    int,
+    typer.Option(
+        "--decode-workers",
+        min=0,
+        help="How many workers that only decode.",
+        rich_help_panel=_WORKERS,
+    ),
+]
+BufferGb = Annotated[
+    float,
+    typer.Option(
+        "--stream-buffer-gb",
+        min=0.001,
+        help="Memory of the router for copies of prompts, from which a stream is replayed when "
+        "its worker is lost.",
+        rich_help_panel=_LIMITS,
+    ),
+]
+WorkerWait = Annotated[
+    float,
+    typer.Option(
+        "--worker-wait-s",
+        min=0,
+        help="Seconds for which a call waits for a worker when none is ready.",
+        rich_help_panel=_LIMITS,
+    ),
 ]
 WorkerLog = Annotated[
     Path | None,
     typer.Option(
         "--worker-log",
-        help="File for the worker's log.",
+        help="File for the worker's log; of several workers, each adds its name.",
         show_default="in a new temporary folder",
         rich_help_panel=_SERVER,
     ),

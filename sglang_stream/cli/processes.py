@@ -1,7 +1,8 @@
 """Child processes started together, watched, and stopped in the opposite order.
 
     start all, wait until each is healthy     one that dies or takes too long ends the run
-    all healthy: wait                         for a signal, or for the death of one
+    all healthy: wait                         for a signal, or for the death of one; a spare one
+                                              is started anew, since others do its work
     stop, last one first                      SIGTERM, its grace, then SIGKILL to its whole group
 
 Each service leads a process group of its own: a Ctrl-C at the terminal reaches only us, and a
@@ -34,6 +35,7 @@ PROBE_INTERVAL_S = 0.5
 PROBE_TIMEOUT_S = 30.0
 KILL_CHECK_S = 0.02  # what is killed is gone within milliseconds, unless the kernel holds it
 KILL_CHECKS = 250
+RESTART_INTERVAL_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Service:
     """What to run and how to tell that it works.
 
     `health_url` answers 200 once the service can be used. `log`: where its output goes, None to
-    share ours. `grace_s`: how long it may take to end by itself after SIGTERM.
+    share ours. `grace_s`: how long it may take to end by itself after SIGTERM. `spare`: once all
+    are healthy the others go on when it ends.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Service:
     env: Mapping[str, str] | None = None
     log: Path | None = None
     grace_s: float = 30.0
+    spare: bool = False
 
 
 class Child:
@@ -58,6 +62,7 @@ class Child:
     def __init__(self, service: Service, process: asyncio.subprocess.Process) -> None:
         self.service = service
         self.process = process
+        self.started_s = time.monotonic()
 
     @classmethod
     async def start(cls, service: Service) -> Child:
@@ -132,7 +137,8 @@ async def supervise(
 
     They start together, since each has much to load; `say` hears of each step and `on_ready` is
     called once when all are healthy. Raises WorkerUnavailable, also with nothing left running, if
-    one of them ends by itself or is not healthy after `start_timeout_s` seconds.
+    one of them ends by itself, except a spare one later on, or is not healthy after
+    `start_timeout_s` seconds.
     """
     _adopt_orphans()
     signals = StopSignals()
@@ -147,7 +153,8 @@ async def supervise(
             if await _watch(children, signals, service, deadline - time.monotonic()):
                 return
         on_ready()
-        await _watch(children, signals)
+        while not await _watch(children, signals, spares_may_end=True):
+            await _start_anew(children, signals, say)
     finally:
         for child in reversed(children):
             say(f"stopping the {child.service.name}")
@@ -159,10 +166,13 @@ async def _watch(
     signals: StopSignals,
     starting: Service | None = None,
     timeout_s: float | None = None,
+    *,
+    spares_may_end: bool = False,
 ) -> bool:
-    """Waits until `starting` is healthy, or for a signal; whether it was a signal.
+    """Waits until `starting` is healthy, for the end of a spare child where it may end, or for a
+    signal; whether it was a signal.
 
-    Raises WorkerUnavailable on the death of any child, or after `timeout_s` seconds.
+    Raises WorkerUnavailable on the death of any other child, or after `timeout_s` seconds.
     """
     ends: list[Awaitable[object]] = [child.process.wait() for child in children]
     if starting is not None:
@@ -171,7 +181,7 @@ async def _watch(
     if signals.asked.is_set():
         return True
     for child in children:
-        if child.process.returncode is not None:
+        if child.process.returncode is not None and not (spares_may_end and child.service.spare):
             raise WorkerUnavailable(child.obituary())
     if not happened:
         late = next(child for child in children if child.service is starting)
@@ -180,6 +190,23 @@ async def _watch(
             f"raise --start-timeout-s if it only needs longer{late.last_words()}"
         )
     return False
+
+
+async def _start_anew(
+    children: list[Child], signals: StopSignals, say: Callable[[str], None]
+) -> None:
+    """Replaces the children that have ended; one that ends again at once waits a little."""
+    for i, child in enumerate(children):
+        if child.process.returncode is None:
+            continue
+        say(f"{child.obituary()}\nstarting it anew")
+        await child.stop(signals.insisted)
+        pause_s = child.started_s + RESTART_INTERVAL_S - time.monotonic()
+        if pause_s > 0:
+            await _first(signals.asked.wait(), timeout_s=pause_s)
+        if signals.asked.is_set():
+            return
+        children[i] = await Child.start(child.service)
 
 
 async def _first(*awaitables: Awaitable[object], timeout_s: float | None = None) -> bool:

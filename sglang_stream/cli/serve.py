@@ -1,4 +1,4 @@
-"""`sglang-stream serve`: one worker and the router in front of it."""
+"""`sglang-stream serve`: workers and the router in front of them, on one machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from sglang_stream.cli.ports import reachable_url
+from sglang_stream.cli.addresses import WORKER_FLAGS
+from sglang_stream.cli.ports import choose_port, reachable_url
 from sglang_stream.cli.processes import Service, supervise
 from sglang_stream.cli.worker import gives, worker_command
-from sglang_stream.config import EngineConfig, RouterConfig
+from sglang_stream.config import EngineConfig, RouterConfig, WorkerAddress
 from sglang_stream.errors import InvalidRequest
+from sglang_stream.messages import Role
 
 # SGLang looks for its SIGTERM every 5 s and then gives its schedulers 15 s to end.
 WORKER_GRACE_S = 30.0
@@ -27,9 +29,12 @@ ROUTER_GRACE_S = 40.0
 REFUSED_FLAGS = ("--api-key", "--admin-api-key", "--ssl-keyfile", "--ssl-certfile")
 
 
+TP_FLAGS = ("--tp", "--tp-size", "--tensor-parallel-size")
+
+
 @dataclass(frozen=True)
 class ServePlan:
-    """What `serve` was asked for. `router.worker_url` is where the worker will listen."""
+    """What `serve` was asked for. `router.workers` is where the workers will listen."""
 
     model_path: str
     engine: EngineConfig
@@ -39,8 +44,24 @@ class ServePlan:
     start_timeout_s: float
 
 
+def plan_workers(unified: int, prefill: int, decode: int) -> tuple[WorkerAddress, ...]:
+    """Addresses on this machine for so many workers of each role; `unified` counts only where
+    none is apart. Raises InvalidRequest."""
+    if bool(prefill) != bool(decode):
+        raise InvalidRequest("--prefill-workers and --decode-workers need each other: give both")
+    prefilling: list[Role] = ["prefill"] * prefill
+    decoding: list[Role] = ["decode"] * decode
+    together: list[Role] = ["unified"] * unified
+    return tuple(
+        WorkerAddress(
+            f"http://127.0.0.1:{choose_port()}", role, choose_port() if role == "prefill" else None
+        )
+        for role in [*prefilling, *decoding] or together
+    )
+
+
 def services(plan: ServePlan, environment: Mapping[str, str]) -> list[Service]:
-    """The worker and the router of `plan`, in the order in which they start.
+    """The workers and the router of `plan`, in the order in which they start.
 
     Raises InvalidRequest for a flag of SGLang that cannot be used here.
     """
@@ -51,33 +72,67 @@ def services(plan: ServePlan, environment: Mapping[str, str]) -> list[Service]:
                 "so protect the router's address instead",
                 param=flag,
             )
-    host, _, port = plan.router.worker_url.removeprefix("http://").rpartition(":")
-    argv, additions = worker_command(
-        plan.model_path, plan.engine, ["--host", host, "--port", port, *plan.sglang_flags]
-    )
-    worker = Service(
-        "worker",
-        argv,
-        f"{plan.router.worker_url}/health",
-        env={**environment, **additions},
-        log=plan.worker_log,
-        grace_s=WORKER_GRACE_S,
-    )
+    workers = [
+        _worker(plan, environment, address, number)
+        for number, address in enumerate(plan.router.workers)
+    ]
     router = Service(
         "router",
         router_command(plan.router),
         f"{reachable_url(plan.router.host, plan.router.port)}/readiness",
         grace_s=ROUTER_GRACE_S,
     )
-    return [worker, router]
+    return [*workers, router]
+
+
+def _worker(
+    plan: ServePlan, environment: Mapping[str, str], address: WorkerAddress, number: int
+) -> Service:
+    role = address.role or "unified"
+    several = len(plan.router.workers) > 1
+    host, _, port = address.url.removeprefix("http://").rpartition(":")
+    flags = ["--host", host, "--port", port]
+    if address.bootstrap_port is not None:
+        flags += ["--disaggregation-bootstrap-port", str(address.bootstrap_port)]
+    if several and not gives(plan.sglang_flags, "--base-gpu-id"):
+        flags += ["--base-gpu-id", str(number * _tensor_parallel(plan.sglang_flags))]
+    argv, additions = worker_command(
+        plan.model_path, plan.engine, [*flags, *plan.sglang_flags], role=role
+    )
+    name = f"{role} worker {number + 1}" if several else "worker"
+    log = plan.worker_log
+    return Service(
+        name,
+        argv,
+        f"{address.url}/health",
+        env={**environment, **additions},
+        log=log.with_stem(f"{log.stem}-{role}-{number + 1}") if several else log,
+        grace_s=WORKER_GRACE_S,
+        spare=several,
+    )
+
+
+def _tensor_parallel(flags: Sequence[str]) -> int:
+    """GPUs of one worker, by SGLang's flag."""
+    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+        name, _, joined = flag.partition("=")
+        given = joined or value
+        if name in TP_FLAGS and given.isdigit():
+            return int(given)
+    return 1
 
 
 def router_command(config: RouterConfig) -> list[str]:
-    """The command line of `sglang-stream router` with these settings."""
+    """The command line of `sglang-stream router` with these settings; the secret goes by the
+    environment."""
     argv = [sys.executable, "-m", "sglang_stream.cli", "router"]
     for name, value in msgspec.structs.asdict(config).items():
-        flag = "--worker" if name == "worker_url" else f"--{name.replace('_', '-')}"
-        argv += [flag, str(value)]
+        if name not in ("workers", "secret"):
+            argv += [f"--{name.replace('_', '-')}", str(value)]
+    for address in config.workers:
+        argv += [WORKER_FLAGS[address.role or "unified"], address.url]
+        if address.bootstrap_port is not None:
+            argv.append(str(address.bootstrap_port))
     return argv
 
 
@@ -85,7 +140,9 @@ async def serve(plan: ServePlan, environment: Mapping[str, str]) -> None:
     """Serves until a signal asks to stop. Raises as `services` and `supervise` do."""
     needed = services(plan, environment)
     console = Console(stderr=True, highlight=False)
-    console.print(f"The worker's log is {plan.worker_log}", soft_wrap=True)
+    logs = [str(service.log) for service in needed if service.log is not None]
+    whose = "The workers' logs are" if len(logs) > 1 else "The worker's log is"
+    console.print(whose, *logs, soft_wrap=True)
     with _steps(console) as steps:
 
         def announce() -> None:

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from sglang_stream.config import ENGINE_VARIABLE, EngineConfig
+from sglang_stream.messages import Role
 
 RADIX_CACHE_BACKEND = "sglang_stream"  # the name under which the plugin registers its prefix cache
 
 
 def worker_command(
-    model_path: str, engine: EngineConfig, sglang_flags: Sequence[str]
+    model_path: str, engine: EngineConfig, sglang_flags: Sequence[str], *, role: Role = "unified"
 ) -> tuple[list[str], dict[str, str]]:
     """What to run and what to add to its environment, for one worker.
 
@@ -20,6 +21,8 @@ def worker_command(
     while a cache by an unknown name is refused.
     """
     argv = [sys.executable, "-m", "sglang.launch_server", "--model-path", model_path]
+    if role != "unified":
+        argv += ["--disaggregation-mode", role]
     argv += sglang_flags
     if not gives(sglang_flags, "--radix-cache-backend"):
         argv += ["--radix-cache-backend", RADIX_CACHE_BACKEND]

@@ -18,7 +18,20 @@ _UNSUPPORTED: tuple[tuple[str, Any], ...] = (
     ("--enable-lora", lambda a: a.enable_lora or a.lora_paths),
     ("--enable-mixed-chunk", lambda a: a.enable_mixed_chunk),
     ("--enable-streaming-session", lambda a: a.enable_streaming_session),
-    ("--disable-radix-cache", lambda a: a.disable_radix_cache),
+    (
+        "--disable-radix-cache",
+        # SGLang disables it on decode workers, where streams do not need it.
+        lambda a: a.disable_radix_cache and a.disaggregation_mode != "decode",
+    ),
+    (
+        "--disaggregation-decode-enable-radix-cache",
+        lambda a: a.disaggregation_decode_enable_radix_cache,
+    ),
+    (
+        "--disaggregation-decode-enable-offload-kvcache",
+        lambda a: a.disaggregation_decode_enable_offload_kvcache,
+    ),
+    ("--optimistic-prefill-attempts", lambda a: a.optimistic_prefill_attempts > 0),
     ("--prefill-only-disable-kv-cache", lambda a: a.prefill_only_disable_kv_cache),
 )
 

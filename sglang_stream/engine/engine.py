@@ -11,6 +11,8 @@ Every step is deterministic in the events and SGLang's own state, so tensor-para
 
 from __future__ import annotations
 
+import hmac
+import os
 import time
 from typing import Any
 
@@ -19,12 +21,21 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 from sglang_stream import messages as m
 from sglang_stream.config import EngineConfig
+from sglang_stream.engine.cache import Holder
 from sglang_stream.engine.channel import Channel, Expire, StreamEvent, refusal
 from sglang_stream.engine.metrics import EngineMetrics
 from sglang_stream.engine.passes import build_pass, ticket_of
+from sglang_stream.engine.reporter import Reporter
+from sglang_stream.engine.roles import queued, role_of
 from sglang_stream.engine.seal import check_ordinary, refuse, seal, seal_call
 from sglang_stream.engine.table import Limits, Stream, StreamTable
-from sglang_stream.errors import StreamError
+from sglang_stream.errors import (
+    SequenceConflict,
+    SequenceGap,
+    StreamError,
+    StreamMoved,
+    StreamNotFound,
+)
 from sglang_stream.policy import (
     Decision,
     FullView,
@@ -38,12 +49,25 @@ from sglang_stream.policy import (
 _CLIP_MAX_NEW = 4096  # SGLang reserves at most this many decode tokens for a request
 _EXPIRY_INTERVAL_S = 0.25
 
+# How refused events are counted.
+_ODD = {
+    SequenceGap.code: "gap",
+    SequenceConflict.code: "conflict",
+    StreamNotFound.code: "unknown",
+    StreamMoved.code: "moved",
+}
+
 
 class StreamEngine:
     """The stream support of one scheduler process; `channel` is None except on rank 0."""
 
     def __init__(
-        self, scheduler: Any, config: EngineConfig, channel: Channel | None, metrics: EngineMetrics
+        self,
+        scheduler: Any,
+        holder: Holder,
+        config: EngineConfig,
+        channel: Channel | None,
+        metrics: EngineMetrics,
     ) -> None:
         context_len = scheduler.model_config.context_len
         limits = Limits(
@@ -56,22 +80,29 @@ class StreamEngine:
         self._channel = channel
         self._metrics = metrics
         self._page = scheduler.page_size
-        self.table = StreamTable(scheduler.tree_cache, limits, metrics)
+        self.role = role_of(scheduler)
+        self.table = StreamTable(holder, limits, metrics)
         self._passes_built = 0
         self._running_passes = 0
         self._decode_is_due = False
         self._next_expiry_s = 0.0
         self._sealed_at: dict[str, float] = {}
-        self._welcome = (
-            None if channel is None else channel.welcome(context_len, limits.vocab_size, self._page)
-        )
+        self._welcome: m.Welcome | None = None
+        self._reporter: Reporter | None = None
+        if channel is not None:
+            pool = scheduler.max_total_num_tokens
+            self._welcome = channel.welcome(
+                self.role, context_len, limits.vocab_size, self._page, pool
+            )
+            self._reporter = Reporter(scheduler, self.table, channel)
 
     # --- receive and handle -------------------------------------------------------------------
 
     def receive(self) -> list[StreamEvent | Expire]:
         """What has arrived since the last poll, and who has been idle for too long (rank 0)."""
-        if self._channel is None or self._welcome is None:
+        if self._channel is None or self._welcome is None or self._reporter is None:
             return []
+        self._reporter.tick()
         events: list[StreamEvent | Expire] = [*self._channel.poll(self._welcome)]
         now = time.monotonic()
         if self.table.live and now >= self._next_expiry_s:
@@ -87,6 +118,7 @@ class StreamEngine:
         try:
             answer = self._apply(received.event, received.now)
         except StreamError as e:
+            self._metrics.odd.labels(_ODD.get(e.code, "refused")).inc()
             answer = refusal(e)
         if self._channel is not None:
             self._channel.answer(received.peer, received.call_id, answer)
@@ -100,7 +132,12 @@ class StreamEngine:
                 self.table.drop(stream)
         self._measure()
 
-    def _apply(self, event: m.Event, now: float) -> m.Answer:
+    def _apply(self, event: m.Event | m.Resync, now: float) -> m.Answer:
+        if isinstance(event, m.Resync):
+            return self._reporter.snapshot() if self._reporter else m.Snapshot(0, b"")
+        self._check_owner(event)
+        if isinstance(event, m.Open | m.Append | m.Update | m.Abort):
+            self._check_epoch(event)
         match event:
             case m.Open():
                 return self.table.open(event, now)
@@ -112,6 +149,29 @@ class StreamEngine:
                 return self._abort(self.table.get(event.stream_id))
             case m.Query():
                 return self.table.status(event.stream_id)
+            case m.Fetch():
+                return self.table.copy(self.table.get(event.stream_id), event.since)
+
+    def _check_owner(self, event: m.Event) -> None:
+        stream = self.table.live.get(event.stream_id)
+        if stream is not None and not hmac.compare_digest(stream.owner, event.owner):
+            self._metrics.odd.labels("foreign").inc()
+            raise StreamNotFound(f"stream {event.stream_id} is unknown or has expired")
+
+    def _check_epoch(self, event: m.Open | m.Append | m.Update | m.Abort) -> None:
+        """Drops a copy that is older than what the sender knows of. Raises StreamMoved for a
+        sender who knows of an older one."""
+        stream = self.table.live.get(event.stream_id)
+        if stream is None or event.epoch == stream.epoch:
+            return
+        if event.epoch < stream.epoch:
+            raise StreamMoved(
+                f"stream {event.stream_id} has moved (epoch {stream.epoch}, not {event.epoch}): "
+                "fetch it again"
+            )
+        if stream.rid is not None:
+            self._scheduler.abort_request(AbortReq(rid=stream.rid))
+        self.table.drop(stream)
 
     def _abort(self, stream: Stream) -> m.Accepted:
         accepted = m.Accepted(stream.session.seq, len(stream.tokens))
@@ -157,9 +217,7 @@ class StreamEngine:
             scheduler.max_req_len, scheduler.max_req_input_len = limits
 
     def _find_request(self, rid: str) -> Req | None:
-        scheduler = self._scheduler
-        queues = (scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue)
-        return next((r for queue in queues for r in reversed(queue) if r.rid == rid), None)
+        return next((r for r in queued(self._scheduler) if r.rid == rid), None)
 
     def settle(self) -> None:
         """Lets go of sealed streams whose request has its own lock, has ended or has vanished.
@@ -170,13 +228,11 @@ class StreamEngine:
         if len(self.table.live) == self.table.open_count:
             return
         sealed = [s for s in self.table.live.values() if s.session.state == "sealed"]
-        scheduler = self._scheduler
-        queued = {id(r) for r in scheduler.waiting_queue}
-        queued.update(id(r) for r in scheduler.grammar_manager.grammar_queue)
+        waiting = {id(r) for r in queued(self._scheduler)}
         for stream in sealed:
             request = stream.request
             if request is not None and not request.finished():
-                if id(request) in queued:
+                if id(request) in waiting:
                     continue
                 if request.req_pool_idx is not None:
                     self.table.release(stream)
@@ -189,6 +245,13 @@ class StreamEngine:
 
     def schedule(self, original: Any, running_batch: ScheduleBatch) -> Any:
         """Forms the next prefill batch with the passes that the plan allows."""
+        batch_plan = self._schedule(original, running_batch)
+        batch = batch_plan.batch_to_run
+        if self._reporter is not None and batch is not None:
+            self._reporter.before_forward(batch.extend_num_tokens or 0)
+        return batch_plan
+
+    def _schedule(self, original: Any, running_batch: ScheduleBatch) -> Any:
         self.settle()
         if not self.table.live:
             return original(self._scheduler, running_batch)
@@ -349,8 +412,23 @@ class StreamEngine:
                 self.table.pass_done(ticket.stream, ticket.ids, ticket.start)
                 self._metrics.passes.inc()
                 self._metrics.pass_tokens.inc(len(ticket.ids) - ticket.start)
+        if self.role == "decode":
+            self.settle()  # there `schedule` is never called
         self._measure()
         return others
+
+    def kv_sent(self, request: Req, tokens: int, *, early: bool) -> None:
+        """`tokens` of a request's KV are on their way to its decode worker."""
+        stream = next((s for s in self.table.live.values() if s.request is request), None)
+        if stream is None or not tokens:
+            return
+        sizes = self._scheduler.disagg_prefill_bootstrap_queue.kv_manager.kv_args.kv_item_lens
+        sent = tokens * sum(sizes) // self._page
+        if early:
+            stream.usage.early_kv_bytes += sent
+        else:
+            stream.usage.late_kv_bytes += sent
+        self._metrics.kv_sent.labels("early" if early else "late").inc(sent)
 
     def flush(self) -> None:
         """Before the cache is emptied: open streams keep their tokens and are computed anew."""
@@ -360,7 +438,14 @@ class StreamEngine:
         """What a router finds under `internal_states[0]["sglang_stream"]` of the server's info."""
         if self._channel is None:
             return {}
-        return {"endpoint": self._channel.endpoint, "worker_id": self._channel.worker_id}
+        state: dict[str, Any] = {
+            "endpoint": self._channel.endpoint,
+            "worker_id": self._channel.worker_id,
+            "role": self.role,
+        }
+        if self._config.served:
+            state["pid"] = os.getppid()
+        return state
 
     def _first_token(self, request: Req) -> None:
         sealed_at = self._sealed_at.pop(request.rid, None) if self._sealed_at else None

@@ -44,6 +44,20 @@ class EngineMetrics:
             "Times that a stream's KV was given up for other requests.",
             registry=registry,
         )
+        self.odd = Counter(
+            "sglang_stream_odd_events",
+            "Events that were repeated, late, out of order (gap), unreadable, for a stream that is "
+            "unknown, has moved or is not the sender's (foreign).",
+            ["kind"],
+            registry=registry,
+        )
+        self.kv_sent = Counter(
+            "sglang_stream_kv_sent_bytes",
+            "KV of streams sent to decode workers, before (early) and after (late) the last "
+            "forward of each.",
+            ["when"],
+            registry=registry,
+        )
         self.lcp = Histogram(
             "sglang_stream_lcp_tokens",
             "Prefix that an update shares with the prompt before.",
@@ -66,6 +80,9 @@ class _Silent:
     def set(self, value: float) -> None: ...
 
     def observe(self, amount: float) -> None: ...
+
+    def labels(self, *values: str) -> _Silent:
+        return self
 
 
 def silent_metrics() -> EngineMetrics:

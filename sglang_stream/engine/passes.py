@@ -18,6 +18,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_stream.engine.roles import discard_pass, pass_address, prepare_pass
 from sglang_stream.engine.table import Stream
 
 _LOWEST_PRIORITY = 1 << 62
@@ -25,8 +26,9 @@ _LOWEST_PRIORITY = 1 << 62
 
 @dataclass(eq=False)
 class Ticket:
-    """What a pass request carries: its stream, the most tokens to compute, and what it got."""
+    """What a pass carries: its scheduler and stream, the most tokens to compute, what it got."""
 
+    scheduler: Any
     stream: Stream
     tokens: int
     ids: array[int]
@@ -54,13 +56,15 @@ def build_pass(scheduler: Any, stream: Stream, tokens: int, number: int) -> Req:
         vocab_size=scheduler.model_config.vocab_size,
         eos_token_ids=scheduler.model_config.hf_eos_token_id,
         disagg_mode=scheduler.disaggregation_mode,
+        extra_key=stream.namespace,
+        **pass_address(scheduler),
     )
     request.tokenizer = scheduler.tokenizer
     request.logprob_start_len = -1
     if scheduler.enable_priority_scheduling:
         low = scheduler.schedule_low_priority_values_first
         request.priority = _LOWEST_PRIORITY if low else -_LOWEST_PRIORITY
-    request.stream_ticket = Ticket(stream, tokens, ids)
+    request.stream_ticket = Ticket(scheduler, stream, tokens, ids)
     return request
 
 
@@ -86,7 +90,11 @@ def admit_pass(
     ticket.start = start
     request.origin_input_ids = ticket.ids
     request.full_untruncated_fill_ids = ticket.ids
+    if not prepare_pass(ticket.scheduler, request):
+        return AddReqResult.OTHER
     result = add_one_req(adder, request, *args, **kwargs)
+    if request not in adder.can_run_list:
+        discard_pass(ticket.scheduler, request)
     return AddReqResult.OTHER if result is AddReqResult.NO_TOKEN else result
 
 

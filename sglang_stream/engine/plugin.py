@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.registry import (
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_stream.config import ENGINE_VARIABLE, EngineConfig
-from sglang_stream.engine.cache import StreamRadixCache
+from sglang_stream.engine.cache import NoHolds, StreamRadixCache
 from sglang_stream.engine.channel import Channel, Expire, StreamEvent
 from sglang_stream.engine.compat import check_server_args, check_version
 from sglang_stream.engine.engine import StreamEngine
@@ -53,6 +53,7 @@ class StreamPlugin:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._channel: Channel | None = None
+        self._metrics = silent_metrics()
         self.engine: StreamEngine | None = None
         self._hooks: list[tuple[str, Callable[..., Any], HookType]] = [
             (f"{_SERVER_ARGS}.__post_init__", self._choose_cache, HookType.BEFORE),
@@ -87,6 +88,7 @@ class StreamPlugin:
                 self._finish,
                 HookType.AROUND,
             ),
+            (f"{_SCHEDULER}.send_kv_chunk", self._send_kv, HookType.AROUND),
             (f"{_SCHEDULER}.flush_cache", self._flush, HookType.AROUND),
             (f"{_SCHEDULER}.get_internal_state", self._tell_state, HookType.AFTER),
         ]
@@ -127,15 +129,17 @@ class StreamPlugin:
     def _bind(self, _result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
         ps = scheduler.ps
         if ps.pp_rank == 0 and ps.attn_tp_rank == 0 and ps.attn_cp_rank == 0:
-            self._channel = Channel(self._config)
+            self._metrics = EngineMetrics()
+            self._channel = Channel(self._config, self._metrics)
 
     def _wake_on_chunks(self, _result: None, scheduler: Any) -> None:
         if scheduler.idle_sleeper is not None and self._channel is not None:
             self._channel.wake(scheduler.idle_sleeper.poller)
 
     def _start_engine(self, _result: None, scheduler: Any) -> None:
-        metrics = EngineMetrics() if self._channel is not None else silent_metrics()
-        engine = StreamEngine(scheduler, self._config, self._channel, metrics)
+        cache = scheduler.tree_cache
+        holder = cache if isinstance(cache, StreamRadixCache) else NoHolds()
+        engine = StreamEngine(scheduler, holder, self._config, self._channel, self._metrics)
         handlers = scheduler._request_dispatcher._mapping
         handlers[StreamEvent] = engine.handle
         handlers[Expire] = engine.expire
@@ -180,6 +184,14 @@ class StreamPlugin:
     ) -> None:
         assert self.engine is not None
         original(streamer, self.engine.finish(requests), *args, **kwargs)
+
+    def _send_kv(
+        self, original: Any, scheduler: Any, request: Req, last_chunk: bool = False, **kwargs: Any
+    ) -> None:
+        assert self.engine is not None
+        start = request.start_send_idx
+        original(scheduler, request, last_chunk=last_chunk, **kwargs)
+        self.engine.kv_sent(request, request.start_send_idx - start, early=not last_chunk)
 
     def _flush(self, original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         if self.engine is not None and scheduler.is_fully_idle():

@@ -12,9 +12,16 @@ from typing import Any
 import msgspec
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 
+from sglang_stream.engine.roles import role_of
 from sglang_stream.engine.table import Stream, StreamTable
 from sglang_stream.engine.tokens import check_tokens
-from sglang_stream.errors import ContextLengthExceeded, InvalidRequest, Malformed, StreamError
+from sglang_stream.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    Malformed,
+    StreamError,
+    StreamMoved,
+)
 from sglang_stream.messages import SEAL_KEY, SealCall
 
 
@@ -34,10 +41,14 @@ def seal(
 ) -> Stream:
     """Seals the stream and gives its tokens to `request`; on an error both stay as they were.
 
-    Raises StreamNotFound, StreamSealed, SequenceGap, SequenceConflict, Malformed,
+    Raises StreamNotFound, StreamSealed, StreamMoved, SequenceGap, SequenceConflict, Malformed,
     ContextLengthExceeded, InvalidRequest.
     """
     stream = table.get(call.id)
+    if call.epoch != stream.epoch:
+        raise StreamMoved(
+            f"stream {call.id} has moved (epoch {stream.epoch}, not {call.epoch}): fetch it again"
+        )
     stream.session.check_seal(call.last_seq)
     tail = array("q", call.tail)
     check_tokens(tail, scheduler.model_config.vocab_size)
@@ -46,6 +57,7 @@ def seal(
     params.max_new_tokens = _checked_max_new(length, params.max_new_tokens, scheduler)
     params.custom_params = {k: v for k, v in params.custom_params.items() if k != SEAL_KEY} or None
     request.input_ids = table.seal(stream, request.rid) + tail
+    request.extra_key = stream.namespace
     return stream
 
 
@@ -81,8 +93,10 @@ def _checked_max_new(length: int, wanted: int | None, scheduler: Any) -> int:
     """The tokens to generate. SGLang would clip a larger number silently; here it is an error."""
     context_len = scheduler.model_config.context_len
     page = scheduler.page_size
-    pool = scheduler.max_total_num_tokens - page - 1
-    room = min(context_len - length, pool - -(-length // page) * page)
+    pool = scheduler.max_total_num_tokens - page - 1 - -(-length // page) * page
+    if role_of(scheduler) == "prefill" and pool > 0:
+        pool = context_len  # what is generated goes into the decode worker's pool
+    room = min(context_len - length, pool)
     if length == 0:
         raise InvalidRequest("the prompt is empty: send a chunk or a question before generating")
     if room < 1 or (wanted is not None and wanted > room):

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_stream import messages as m
-from sglang_stream.engine.cache import Hold, StreamRadixCache
+from sglang_stream.engine.cache import Hold, Holder
 from sglang_stream.engine.metrics import EngineMetrics
-from sglang_stream.engine.tokens import common_prefix, unpack_tokens
+from sglang_stream.engine.tokens import common_prefix, pack_ids, unpack_tokens
 from sglang_stream.errors import (
     LimitReached,
     PromptTooLong,
@@ -47,6 +47,8 @@ class Usage:
     invalidated_tokens: int = 0
     computed_tokens: int = 0
     ready_tokens: int = 0
+    early_kv_bytes: int = 0
+    late_kv_bytes: int = 0
 
     def freeze(self) -> m.Usage:
         return m.Usage(**self.__dict__)
@@ -54,8 +56,10 @@ class Usage:
 
 @dataclass(eq=False)
 class Stream:
-    """One stream. `in_flight`: a pass of it is in the forward now; `preempted`: its KV was taken
-    and no event came since; `rid`, `request`: SGLang's request once it is sealed."""
+    """One stream. `epoch`, `owner`, `namespace`, `memo`: see `messages.Open`; `ends`: the prompt's
+    length after each chunk of an append stream, after the latest update of another. `in_flight`:
+    a pass of it is in the forward now; `preempted`: its KV was taken and no event came since;
+    `rid`, `request`: SGLang's request once it is sealed."""
 
     session: Session
     arrival: int
@@ -63,6 +67,11 @@ class Stream:
     tokens: array[int]
     idle_timeout_s: float
     last_event_s: float
+    epoch: int = 0
+    owner: bytes = b""
+    namespace: str | None = None
+    memo: bytes = b""
+    ends: dict[int, int] = field(default_factory=dict)
     hold: Hold | None = None
     in_flight: bool = False
     preempted: bool = False
@@ -93,7 +102,7 @@ class Stream:
 class StreamTable:
     """All streams of a scheduler and what the chunk events do to them."""
 
-    def __init__(self, cache: StreamRadixCache, limits: Limits, metrics: EngineMetrics) -> None:
+    def __init__(self, cache: Holder, limits: Limits, metrics: EngineMetrics) -> None:
         self._cache = cache
         self._limits = limits
         self._metrics = metrics
@@ -114,9 +123,9 @@ class StreamTable:
 
     def status(self, stream_id: str) -> m.Status:
         """A live or recently finished stream's state. Raises StreamNotFound."""
-        finished = self._finished.get(stream_id)
-        if finished is not None:
-            return finished
+        stream = self.live.get(stream_id)
+        if stream is None and stream_id in self._finished:
+            return self._finished[stream_id]
         stream = self.get(stream_id)
         return m.Status(
             stream_id=stream_id,
@@ -135,9 +144,9 @@ class StreamTable:
         opening = self._unpack(event.tokens, before=0)
         known = self.live.get(event.stream_id)
         if known is not None:
-            if known.session.seq or known.opening != opening or known.session.mode != event.mode:
+            if known.opening != opening or known.session.mode != event.mode:
                 raise SequenceConflict(f"stream {event.stream_id} is already open: take a new id")
-            return m.Accepted(0, len(known.tokens))
+            return m.Accepted(known.session.seq, len(known.tokens))
         if self.open_count >= self._limits.streams:
             raise LimitReached(
                 f"this worker has {self._limits.streams} open streams: try again when one is done",
@@ -151,6 +160,10 @@ class StreamTable:
             tokens=array("q", opening),
             idle_timeout_s=event.idle_timeout_s,
             last_event_s=now,
+            epoch=event.epoch,
+            owner=event.owner,
+            namespace=event.namespace,
+            memo=event.memo,
         )
         self.live[event.stream_id] = stream
         self.open_count += 1
@@ -161,9 +174,11 @@ class StreamTable:
         """Adds a chunk. Raises what `Session.check` raises, PromptTooLong, Malformed."""
         stream = self._touch(event.stream_id, now)
         verdict = stream.session.check("append", event.seq, event.digest)
+        self._note(verdict)
         if verdict is Verdict.APPLY:
             tokens = self._unpack(event.tokens, before=len(stream.tokens))
             stream.tokens.extend(tokens)
+            stream.ends[event.seq] = len(stream.tokens)
             stream.session.record(event.seq, event.digest)
             stream.usage.chunks += 1
             self._metrics.chunks.inc()
@@ -179,19 +194,41 @@ class StreamTable:
         """
         stream = self._touch(event.stream_id, now)
         verdict = stream.session.check("update", event.seq, event.digest)
+        self._note(verdict)
         lcp = len(stream.tokens)
         if verdict is Verdict.APPLY:
             tokens = stream.opening + self._unpack(event.tokens, before=len(stream.opening))
             lcp = common_prefix(stream.tokens, tokens)
+            stream.ends = {event.seq: len(tokens)}
+            stream.memo = stream.memo if event.memo is None else event.memo
             stream.session.record(event.seq, event.digest)
             self._replace(stream, tokens, lcp)
         return m.Accepted(event.seq, len(stream.tokens), lcp)
 
+    def copy(self, stream: Stream, since: int) -> m.Copy:
+        """The stream as another router needs it, with the calls after `since`."""
+        chunks: list[tuple[int, bytes]] = []
+        start = len(stream.opening)
+        for seq, end in stream.ends.items():
+            if seq > since:
+                chunks.append((seq, pack_ids(stream.tokens[start:end])))
+            start = end
+        return m.Copy(
+            status=self.status(stream.session.stream_id),
+            epoch=stream.epoch,
+            opening=pack_ids(stream.opening),
+            chunks=chunks,
+            idle_timeout_s=stream.idle_timeout_s,
+            namespace=stream.namespace,
+            memo=stream.memo,
+        )
+
     def drop(self, stream: Stream) -> None:
-        """Forgets an open stream that was aborted or has expired."""
+        """Forgets a stream that was aborted, has expired or has moved to another worker."""
         self.release(stream)
+        if stream.session.state == "open":
+            self.open_count -= 1
         stream.session.abort()
-        self.open_count -= 1
         del self.live[stream.session.stream_id]
 
     def seal(self, stream: Stream, rid: str) -> array[int]:
@@ -227,7 +264,7 @@ class StreamTable:
     def hold_cached(self, stream: Stream) -> None:
         """Holds all that the tree has of the prompt, also what another stream computed."""
         self.held_tokens -= stream.held
-        stream.hold = self._cache.take(stream.tokens, len(stream.tokens), stream.hold)
+        stream.hold = self._cache.take(stream.tokens, stream.namespace, stream.hold)
         self.held_tokens += stream.held
 
     def forget_kv(self) -> None:
@@ -251,7 +288,7 @@ class StreamTable:
         stream.in_flight = False
         stream.usage.computed_tokens += len(ids) - start
         lcp = common_prefix(stream.tokens, ids)
-        done = self._cache.take(ids, len(ids))
+        done = self._cache.take(ids, stream.namespace)
         if self.live.get(stream.session.stream_id) is stream:
             self.hold_cached(stream)
         self._cache.release(done)
@@ -275,6 +312,10 @@ class StreamTable:
     def _invalidated(self, stream: Stream, tokens: int) -> None:
         stream.usage.invalidated_tokens += tokens
         self._metrics.invalidated.inc(tokens)
+
+    def _note(self, verdict: Verdict) -> None:
+        if verdict is not Verdict.APPLY:
+            self._metrics.odd.labels("repeated" if verdict is Verdict.REPEAT else "late").inc()
 
     def _touch(self, stream_id: str, now: float) -> Stream:
         stream = self.get(stream_id)

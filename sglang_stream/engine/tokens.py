@@ -21,6 +21,11 @@ def unpack_tokens(raw: bytes, vocab_size: int) -> array[int]:
     return tokens
 
 
+def pack_ids(tokens: array[int]) -> bytes:
+    """`array("q")` as little-endian int32 bytes, the inverse of `unpack_tokens`."""
+    return np.frombuffer(tokens, np.int64).astype("<i4").tobytes()
+
+
 def check_tokens(tokens: array[int], vocab_size: int) -> None:
     """Raises Malformed if an id of `tokens` (`array("q")`) is outside [0, vocab_size).
 

@@ -24,6 +24,10 @@ def args(**changed: Any) -> SimpleNamespace:
         "enable_mixed_chunk": False,
         "enable_streaming_session": False,
         "disable_radix_cache": False,
+        "disaggregation_mode": "null",
+        "disaggregation_decode_enable_radix_cache": False,
+        "disaggregation_decode_enable_offload_kvcache": False,
+        "optimistic_prefill_attempts": 0,
         "prefill_only_disable_kv_cache": False,
         "radix_cache_backend": CACHE_BACKEND,
     }

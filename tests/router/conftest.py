@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from router.server import create_app
-from sglang_stream.config import RouterConfig
+from sglang_stream.config import RouterConfig, WorkerAddress
 from tests.router.fake_worker import FakeWorker, serving
 
 TEMPLATE = (
@@ -64,11 +64,17 @@ def settings() -> dict[str, Any]:
 def client(worker_url: str, settings: dict[str, Any]) -> Iterator[httpx.Client]:
     """A client of a router that is ready."""
     with (
-        serving(create_app(RouterConfig(worker_url, **settings))) as url,
+        serving(create_app(router_config(worker_url, **settings))) as url,
         httpx.Client(base_url=url, timeout=20) as http,
     ):
         until(lambda: http.get("/readiness").status_code == 200)
         yield http
+
+
+def router_config(*worker_urls: str, **settings: Any) -> RouterConfig:
+    """A router in front of unified workers, that does not wait long for one."""
+    workers = tuple(WorkerAddress(url, "unified") for url in worker_urls)
+    return RouterConfig(workers, **{"worker_wait_s": 0.5, **settings})
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 15) -> Any:

@@ -57,6 +57,7 @@ def serving(app: FastAPI) -> Iterator[str]:
 class FakeStream:
     session: Session
     opening: array[int]
+    opened: m.Open
     chunks: list[array[int]] = field(default_factory=list)
 
     @property
@@ -139,14 +140,18 @@ class FakeWorker:
 
     def _answer(self, question: m.Question) -> m.Answer:
         if isinstance(question, m.Hello):
-            return m.Welcome(m.PROTOCOL, self.worker_id, self.context_len, 300, 1, 8)
+            return m.Welcome(
+                m.PROTOCOL, self.worker_id, "unified", self.context_len, 300, 1, 5000, 8
+            )
+        if isinstance(question, m.Resync):
+            return m.Snapshot(0, b"")
         self.events.append(question)
         if isinstance(question, m.Open):
             if self.refusal is not None:
                 raise self.refusal
             session = Session(question.stream_id, question.mode)
             opening = array("i", question.tokens)
-            self.streams[question.stream_id] = FakeStream(session, opening)
+            self.streams[question.stream_id] = FakeStream(session, opening, question)
             return m.Accepted(0, len(opening))
         stream = self.streams.get(question.stream_id)
         if stream is None:
@@ -158,6 +163,10 @@ class FakeWorker:
                 return m.Status(
                     session.stream_id, session.mode, session.state, session.seq, length, USAGE
                 )
+            case m.Fetch():
+                if stream.session.state == "finished":
+                    raise StreamSealed(f"stream {question.stream_id} has ended")
+                return self._copy(stream, question.since)
             case m.Abort():
                 if stream.session.state == "finished":
                     raise StreamSealed(f"stream {question.stream_id} has ended")
@@ -166,6 +175,18 @@ class FakeWorker:
             case m.Append() | m.Update():
                 return self._apply(stream, question)
         raise AssertionError(question)
+
+    def _copy(self, stream: FakeStream, since: int) -> m.Copy:
+        session, opened = stream.session, stream.opened
+        status = m.Status(
+            session.stream_id, session.mode, session.state, session.seq, len(stream.tokens), USAGE
+        )
+        chunks = [
+            (seq, chunk.tobytes()) for seq, chunk in enumerate(stream.chunks, 1) if seq > since
+        ]
+        return m.Copy(
+            status, opened.epoch, opened.tokens, chunks, opened.idle_timeout_s, None, opened.memo
+        )
 
     def _apply(self, stream: FakeStream, event: m.Append | m.Update) -> m.Accepted:
         if self.refusal is not None:
@@ -186,6 +207,7 @@ class FakeWorker:
             "tokenizer_path": str(self.tokenizer),
             "model_path": str(self.tokenizer),
             "incremental_streaming_output": self.incremental,
+            "disaggregation_bootstrap_port": 8998,
             "internal_states": [{"sglang_stream": state} if self.supported else {}],
         }
 

@@ -25,6 +25,8 @@ STREAM_USAGE = {
     "invalidated_tokens": 0,
     "computed_tokens": 11,
     "ready_tokens": 10,
+    "early_kv_bytes": 0,
+    "late_kv_bytes": 0,
 }
 
 

@@ -15,7 +15,7 @@ from router.link import Link
 from sglang_stream import messages as m
 from sglang_stream.errors import SequenceGap, WorkerUnavailable
 
-WELCOME = m.Welcome(m.PROTOCOL, "w", 100, 50, 1, 3)
+WELCOME = m.Welcome(m.PROTOCOL, "w", "unified", 100, 50, 1, 5000, 3)
 
 
 class Peer:
@@ -36,11 +36,14 @@ class Peer:
 
 
 @asynccontextmanager
-async def linked(timeout_s: float = 10) -> AsyncIterator[tuple[Link, Peer]]:
+async def linked(
+    timeout_s: float = 10, reports: list[m.Report] | None = None
+) -> AsyncIterator[tuple[Link, Peer]]:
+    reports = [] if reports is None else reports
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.ROUTER)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
-    link = Link(context, f"tcp://127.0.0.1:{port}", timeout_s)
+    link = Link(context, f"tcp://127.0.0.1:{port}", timeout_s, None, reports.append)
     try:
         yield link, Peer(socket)
     finally:

@@ -19,8 +19,8 @@ from tests.router.fake_worker import FakeWorker
 PROGRAM = """
 import sys
 from router.server import run
-from sglang_stream.config import RouterConfig
-run(RouterConfig(sys.argv[1], port=int(sys.argv[2])))
+from sglang_stream.config import RouterConfig, WorkerAddress
+run(RouterConfig((WorkerAddress(sys.argv[1]),), port=int(sys.argv[2])))
 print("returned")
 """
 

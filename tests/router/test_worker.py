@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from router.worker import Worker, WorkerInfo
 from sglang_stream.errors import StreamNotFound, WorkerUnavailable
-from sglang_stream.messages import Abort, Query
+from sglang_stream.messages import Abort, Open, Query, SealCall
 from tests.router.fake_worker import FakeWorker, serving
 
 
@@ -28,15 +30,25 @@ def run(url: str, test: Callable[[Worker, list[WorkerInfo]], Awaitable[None]]) -
 
     async def main() -> None:
         found: list[WorkerInfo] = []
+        lost: list[str] = []
 
-        async def on_found(info: WorkerInfo) -> None:
+        async def accept(_: Worker, info: WorkerInfo) -> None:
             found.append(info)
 
         async with httpx.AsyncClient() as http:
-            worker = Worker(url, http, on_found, question_timeout_s=0.5, heartbeat_s=0.02)
+            worker = Worker(
+                url,
+                http,
+                accept,
+                on_ready=lambda w: None,
+                on_lost=lambda w: lost.append(w.reason),
+                question_timeout_s=0.5,
+                heartbeat_s=0.05,
+            )
             running = asyncio.create_task(worker.run())
             try:
                 await test(worker, found)
+                assert len(lost) >= len(found) - 1
             finally:
                 running.cancel()
                 await asyncio.gather(running, return_exceptions=True)
@@ -47,10 +59,9 @@ def run(url: str, test: Callable[[Worker, list[WorkerInfo]], Awaitable[None]]) -
 def test_what_is_known_of_a_worker(worker: FakeWorker, worker_url: str) -> None:
     async def test(client: Worker, found: list[WorkerInfo]) -> None:
         with pytest.raises(WorkerUnavailable, match="not been reached"):
-            client.check_ready()
-        await eventually(lambda: bool(found))
-        await eventually(lambda: client._info is not None)
-        client.check_ready()
+            _ = client.info
+        await eventually(lambda: client.ready)
+        assert len(found) == 1
         info = client.info
         assert (info.worker_id, info.model) == (worker.worker_id, "tiny")
         assert (info.context_len, info.vocab_size, info.incremental) == (1000, 300, False)
@@ -77,39 +88,75 @@ def test_a_worker_that_ended(tokenizer_dir: Path) -> None:
     url = server.__enter__()
 
     async def test(client: Worker, found: list[WorkerInfo]) -> None:
-        await eventually(lambda: client._info is not None)
+        await eventually(lambda: client.ready)
         await asyncio.to_thread(server.__exit__, None, None, None)
-        await eventually(lambda: client._info is None)
+        await eventually(lambda: not client.ready)
         with pytest.raises(WorkerUnavailable):
-            client.check_ready()
+            await client.status(Query("st-a"))
         with pytest.raises(WorkerUnavailable):
-            await client.status("st-a")
-        with pytest.raises(WorkerUnavailable, match="failed"):
             await anext(client.generate({}))
 
     run(url, test)
 
 
-def test_a_silent_scheduler_is_not_ready_but_not_given_up(
-    worker: FakeWorker, worker_url: str
+def test_a_scheduler_that_hangs_is_lost_and_its_calls_end(
+    worker: FakeWorker, worker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("router.worker.HANG_S", 0.3)
+    worker.gates = {0: threading.Event()}
+
     async def test(client: Worker, found: list[WorkerInfo]) -> None:
-        await eventually(lambda: client._info is not None)
+        await eventually(lambda: client.ready)
+        await client.ask(Open("st-a", "append", b"", 60.0))
+        custom = SealCall("st-a").to_custom_params()
+        body = {"rid": "r", "sampling_params": {"custom_params": custom}}
+        answer = asyncio.ensure_future(anext(client.generate(body)))
+        await eventually(lambda: bool(worker.seals))
         worker.answers = False
-
-        def is_silent() -> bool:
-            try:
-                client.check_ready()
-            except WorkerUnavailable as e:
-                return "silent" in e.message
-            return False
-
-        await eventually(is_silent)
-        with pytest.raises(WorkerUnavailable, match="did not answer"):
-            await client.ask(Query("st-a"))
+        with pytest.raises(WorkerUnavailable, match="silent"):
+            await answer
+        assert not client.ready
         worker.answers = True
-        await eventually(lambda: not is_silent())
-        client.check_ready()
-        assert len(found) == 1
+        await eventually(lambda: client.ready)
+        assert len(found) == 2
 
     run(worker_url, test)
+
+
+def test_an_announced_forward_is_no_hang(
+    worker: FakeWorker, worker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.worker.HANG_S", 0.2)
+
+    async def test(client: Worker, found: list[WorkerInfo]) -> None:
+        await eventually(lambda: client.ready)
+        client.load.busy_until_s = time.monotonic() + 1.0
+        worker.answers = False
+        silent_from = time.monotonic()
+        await eventually(lambda: not client.ready)
+        assert time.monotonic() - silent_from >= 1.2
+
+    run(worker_url, test)
+
+
+def test_a_worker_of_another_role_is_refused(worker: FakeWorker, worker_url: str) -> None:
+    async def main() -> None:
+        async def accept(_: Worker, __: WorkerInfo) -> None:
+            raise AssertionError("not to be accepted")
+
+        async with httpx.AsyncClient() as http:
+            client = Worker(
+                worker_url,
+                http,
+                accept,
+                on_ready=lambda w: None,
+                on_lost=lambda w: None,
+                role="decode",
+                heartbeat_s=0.05,
+            )
+            running = asyncio.create_task(client.run())
+            await eventually(lambda: "unified worker, not a decode one" in client.reason)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())

@@ -57,6 +57,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
                 "on a CPU leave the flag out, or give torch_native"
             )
         server_args.device = "cpu"
+        server_args.base_gpu_id = 0  # several workers share the one device
         server_args.attention_backend = "torch_native"
         server_args.sampling_backend = "pytorch"
         server_args.disable_custom_all_reduce = True
@@ -66,6 +67,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.max_total_tokens = MAX_TOTAL_TOKENS
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
+        if server_args.disaggregation_mode != "null":
+            os.environ.setdefault("MC_FORCE_TCP", "1")  # Mooncake looks for RDMA otherwise
+            # The overlap schedule sends cached KV early after a CUDA event.
+            server_args.disable_overlap_schedule = True
         for name, value in _threading(server_args.tp_size, os.sched_getaffinity(0)).items():
             os.environ.setdefault(name, value)
 

@@ -8,13 +8,27 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sglang_stream.cli.serve import ServePlan, ready_text, router_command, services
-from sglang_stream.config import ENGINE_VARIABLE, EngineConfig, RouterConfig
+from sglang_stream.cli.serve import (
+    ServePlan,
+    plan_workers,
+    ready_text,
+    router_command,
+    services,
+)
+from sglang_stream.config import ENGINE_VARIABLE, EngineConfig, RouterConfig, WorkerAddress
 from sglang_stream.errors import InvalidRequest
 
+ONE = (WorkerAddress("http://127.0.0.1:20001", "unified"),)
+APART = (
+    WorkerAddress("http://127.0.0.1:20001", "prefill", 20002),
+    WorkerAddress("http://127.0.0.1:20003", "decode"),
+)
 
-def plan(*sglang_flags: str, host: str = "127.0.0.1") -> ServePlan:
-    router = RouterConfig(worker_url="http://127.0.0.1:20001", host=host, port=8000)
+
+def plan(
+    *sglang_flags: str, host: str = "127.0.0.1", workers: tuple[WorkerAddress, ...] = ONE
+) -> ServePlan:
+    router = RouterConfig(workers, host=host, port=8000)
     engine = EngineConfig(max_streams=7)
     return ServePlan("m", engine, router, sglang_flags, Path("worker.log"), 600.0)
 
@@ -32,6 +46,40 @@ def test_the_worker_starts_first_where_the_router_looks_for_it() -> None:
     assert router.argv[:4] == [sys.executable, "-m", "sglang_stream.cli", "router"]
     assert router.health_url == "http://127.0.0.1:8000/readiness"
     assert router.log is None
+    assert not worker.spare
+
+
+def test_workers_apart() -> None:
+    prefill, decode, router = services(plan("--tp", "2", workers=APART), {})
+    assert prefill.argv[3:] == (
+        "--model-path m --disaggregation-mode prefill --host 127.0.0.1 --port 20001 "
+        "--disaggregation-bootstrap-port 20002 --base-gpu-id 0 --tp 2 "
+        "--radix-cache-backend sglang_stream"
+    ).split(" ")
+    assert decode.argv[3:] == (
+        "--model-path m --disaggregation-mode decode --host 127.0.0.1 --port 20003 "
+        "--base-gpu-id 2 --tp 2 --radix-cache-backend sglang_stream"
+    ).split(" ")
+    assert [s.name for s in (prefill, decode)] == ["prefill worker 1", "decode worker 2"]
+    assert [s.log for s in (prefill, decode)] == [
+        Path("worker-prefill-1.log"),
+        Path("worker-decode-2.log"),
+    ]
+    assert prefill.spare
+    assert decode.spare
+    said = " ".join(router.argv)
+    assert "--prefill http://127.0.0.1:20001 20002 --decode http://127.0.0.1:20003" in said
+
+
+def test_how_many_workers() -> None:
+    assert [w.role for w in plan_workers(3, 0, 0)] == ["unified"] * 3
+    apart = plan_workers(1, 2, 1)
+    assert [w.role for w in apart] == ["prefill", "prefill", "decode"]
+    assert len({w.url for w in apart}) == 3
+    assert [w.bootstrap_port is not None for w in apart] == [True, True, False]
+    for prefill, decode in ((1, 0), (0, 1)):
+        with pytest.raises(InvalidRequest, match="need each other"):
+            plan_workers(1, prefill, decode)
 
 
 def test_a_router_for_all_addresses_is_probed_and_shown_on_this_machine() -> None:
@@ -50,9 +98,17 @@ def test_flags_that_would_cut_the_router_off_are_refused(flag: str) -> None:
 
 def test_all_settings_reach_the_router(start: Callable[..., subprocess.Popen[str]]) -> None:
     config = RouterConfig(
-        worker_url="http://tell-your-settings",
+        workers=(
+            WorkerAddress("http://tell-your-settings", "unified"),
+            WorkerAddress("http://p", "prefill", 8998),
+            WorkerAddress("http://d", "decode"),
+        ),
         host="::1",
         port=0,
+        placement="prefix",
+        stream_buffer_gb=1.5,
+        worker_wait_s=2.5,
+        secret="s",
         max_open_streams=2,
         max_body_bytes=3,
         max_chunk_bytes=4,
@@ -60,7 +116,8 @@ def test_all_settings_reach_the_router(start: Callable[..., subprocess.Popen[str
         max_idle_timeout_s=6.5,
         resume_grace_s=7.5,
     )
-    defaults = msgspec.structs.asdict(RouterConfig(worker_url=""))
+    defaults = msgspec.structs.asdict(RouterConfig())
     assert all(v != defaults[k] for k, v in msgspec.structs.asdict(config).items())
-    out, _ = start(*router_command(config)[1:]).communicate(timeout=60)
+    process = start(*router_command(config)[1:], SGLANG_STREAM_SECRET="s")
+    out, _ = process.communicate(timeout=60)
     assert msgspec.json.decode(out, type=RouterConfig) == config

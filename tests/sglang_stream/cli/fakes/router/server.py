@@ -5,7 +5,7 @@ import service
 
 
 def run(config):
-    if config.worker_url == "http://tell-your-settings":
+    if any(worker.url == "http://tell-your-settings" for worker in config.workers):
         print(msgspec.json.encode(config).decode(), flush=True)
     else:
         service.run(config.port, [])

@@ -1,0 +1,210 @@
+"""Where a stream is: found at the worker that holds it, or replayed on another one.
+
+    known here -----------------------------------------> its worker
+    not known here: ask the worker in its id, then all --> a copy, served from here on
+    its worker lost: ask all others for a later epoch ---> another router has moved it
+                     none has it: open it anew, epoch + 1, and send all chunks again
+
+The worker is the authority; two routers that move the same stream at once choose the same worker
+and epoch, where the second finds what the first has sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from array import array
+
+from router.cluster import Cluster
+from router.identity import StreamIds, worker_tag
+from router.metrics import RouterMetrics
+from router.streams import Stream, Streams, unknown
+from router.worker import Worker
+from sglang_stream.errors import LimitReached, StreamError, StreamMoved, WorkerUnavailable
+from sglang_stream.messages import (
+    Abort,
+    Append,
+    Copy,
+    Fetch,
+    Open,
+    Update,
+    digest,
+    pack_tokens,
+)
+
+logger = logging.getLogger(__name__)
+
+_TRIES = 4
+
+
+class Moves:
+    """Finds and moves the streams of one router."""
+
+    def __init__(
+        self, cluster: Cluster, streams: Streams, ids: StreamIds, metrics: RouterMetrics
+    ) -> None:
+        self._cluster = cluster
+        self._streams = streams
+        self._ids = ids
+        self._metrics = metrics
+        self._left: dict[str, list[Abort]] = {}
+
+    async def find(self, stream_id: str, owner: bytes) -> Stream:
+        """The stream, fetched from its worker if it is not known here. Raises StreamNotFound."""
+        stream = self._streams.find(stream_id, owner)
+        if stream is not None:
+            return stream
+        tag = self._ids.first_worker(stream_id)
+        found = await self._fetch(stream_id, owner, since=0, first=tag)
+        stream = self._streams.find(stream_id, owner)  # meanwhile another call may have found it
+        if stream is None:
+            if found is None:
+                raise unknown(stream_id)
+            copy, worker = found
+            stream = Stream.from_copy(copy, worker, owner)
+            self._streams.add(stream)
+        return stream
+
+    async def ensure(self, stream: Stream) -> Worker:
+        """The worker that holds the stream, which is replayed if that worker was lost.
+
+        Raises StreamNotFound if not all of its tokens are known here, WorkerUnavailable.
+        """
+        async with stream.moving:
+            if stream.worker is not None:
+                return stream.worker
+            found = await self._fetch(stream.id, stream.owner, since=stream.known_seq)
+            if found is not None and found[0].epoch > stream.epoch:
+                stream.take_copy(*found)
+                return found[1]
+            return await self._replay(stream, "worker_lost")
+
+    async def refresh(self, stream: Stream) -> None:
+        """Follows a stream that another router has moved. Raises StreamNotFound."""
+        async with stream.moving:
+            found = await self._fetch(stream.id, stream.owner, since=stream.known_seq)
+            if found is None or found[0].epoch < stream.epoch:
+                raise unknown(stream.id)
+            stream.take_copy(*found)
+
+    async def sync(self, stream: Stream) -> None:
+        """Gets the tokens that other routers have sent. Raises StreamNotFound, WorkerUnavailable.
+
+        Only a complete copy can be replayed, or decoded on another worker.
+        """
+        worker = await self.ensure(stream)
+        fetch = Fetch(stream.id, since=stream.known_seq, owner=stream.owner)
+        stream.take_copy(await worker.fetch(fetch), worker)
+
+    async def again(self, stream: Stream) -> Worker:
+        """Opens a stream anew whose generation failed before its first token, with all chunks.
+
+        Its own worker is taken if it is still there, since its KV may be. Raises as `ensure`.
+        """
+        async with stream.moving:
+            return await self._replay(stream, "generation_failed")
+
+    async def reopen(self, stream: Stream, tokens: array[int]) -> Worker:
+        """Opens a sealed stream anew with `tokens` as its whole prompt. Raises WorkerUnavailable,
+        and what a worker answers."""
+        async with stream.moving:
+            self._metrics.replays.labels("continued").inc()
+            return await self._open_elsewhere(stream, "append", tokens)
+
+    def left(self, stream: Stream, worker: Worker) -> None:
+        """Notes that `worker` may still hold a copy of a stream that has left it."""
+        abort = Abort(stream.id, epoch=stream.epoch, owner=stream.owner)
+        self._left.setdefault(worker.url, []).append(abort)
+
+    async def clear_left(self, worker: Worker) -> None:
+        """Makes a worker that has come back drop what has left it."""
+        for abort in self._left.pop(worker.url, []):
+            try:
+                await worker.ask(abort)
+            except StreamError as e:
+                logger.debug("stream %s on %s: %s", abort.stream_id, worker.url, e.message)
+
+    async def _replay(self, stream: Stream, reason: str) -> Worker:
+        if stream.context() is None and stream.worker is not None:
+            fetch = Fetch(stream.id, since=stream.known_seq, owner=stream.owner)
+            stream.take_copy(await stream.worker.fetch(fetch), stream.worker)
+        if stream.context() is None:
+            raise unknown(stream.id)
+        self._metrics.replays.labels(reason).inc()
+        for attempt in range(_TRIES):
+            worker = await self._open_elsewhere(stream, stream.mode, stream.opening.tokens)
+            try:
+                await self._send_chunks(stream, worker)
+            except (WorkerUnavailable, StreamMoved):
+                stream.worker = None
+                if attempt == _TRIES - 1:
+                    raise
+                continue
+            stream.state = "open"
+            return worker
+        raise AssertionError("the last try returns or raises")
+
+    async def _open_elsewhere(self, stream: Stream, mode: str, tokens: array[int]) -> Worker:
+        """Opens the stream with the next epoch: where it was if that is possible."""
+        for attempt in range(_TRIES):
+            epoch = stream.epoch + 1
+            stay = stream.worker if stream.worker is not None and stream.worker.ready else None
+            worker = stay or await self._cluster.place_replay(stream.id, epoch)
+            stream.epoch = epoch
+            event = Open(
+                stream.id,
+                "update" if mode == "update" else "append",
+                pack_tokens(tokens),
+                stream.idle_timeout_s,
+                stream.epoch,
+                stream.owner,
+                stream.namespace,
+                stream.memo(),
+            )
+            try:
+                await worker.ask(event)
+            except (WorkerUnavailable, LimitReached, StreamMoved):
+                stream.worker = None
+                if attempt == _TRIES - 1:
+                    raise
+                continue
+            stream.worker = worker
+            logger.info("stream %s goes on at %s (epoch %d)", stream.id, worker.url, stream.epoch)
+            return worker
+        raise AssertionError("the last try returns or raises")
+
+    @staticmethod
+    async def _send_chunks(stream: Stream, worker: Worker) -> None:
+        asking = []
+        for seq in sorted(stream.chunks):
+            packed = pack_tokens(stream.chunks[seq])
+            fields = (stream.id, seq, packed, digest(packed), stream.epoch, stream.owner)
+            event = Append(*fields) if stream.mode == "append" else Update(*fields)
+            asking.append(asyncio.ensure_future(worker.ask(event)))
+        answers = await asyncio.gather(*asking, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+
+    async def _fetch(
+        self, stream_id: str, owner: bytes, since: int, first: str | None = None
+    ) -> tuple[Copy, Worker] | None:
+        """The copy with the highest epoch among the workers; `first`: the tag of the one that is
+        asked before the others, whose answer then is taken."""
+        holders = self._cluster.holders()
+        fetch = Fetch(stream_id, since=since, owner=owner)
+        named = [w for w in holders if worker_tag(w.url) == first]
+        others = [w for w in holders if w not in named]
+        for group in (named, others):
+            answers = await asyncio.gather(*(_copy(w, fetch) for w in group))
+            found = [(copy, w) for copy, w in zip(answers, group, strict=True) if copy is not None]
+            if found:
+                return max(found, key=lambda f: f[0].epoch)
+        return None
+
+
+async def _copy(worker: Worker, fetch: Fetch) -> Copy | None:
+    try:
+        return await worker.fetch(fetch)
+    except StreamError:
+        return None
