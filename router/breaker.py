@@ -123,5 +123,4 @@ class CircuitBreaker:
         self._state = _NEXT_STATE[self._state, event]
         self._period += 1
         self._successes = 0
-        self._trial = None
         self._failures.clear()

@@ -172,6 +172,25 @@ def test_a_slot_handed_to_a_call_that_is_cancelled_goes_on() -> None:
     run(main)
 
 
+def test_a_call_cancelled_just_before_its_turn_is_passed_over() -> None:
+    async def main() -> None:
+        calls = Calls(Admission(1, 5, TIMEOUT_S))
+        for _ in range(3):
+            calls.arrive()
+        await settle()
+        calls.ends[0].set()
+        calls.tasks[1].cancel()  # has not run when the slot becomes free
+        await settle()
+        assert calls.entered == [0, 2]
+        assert (calls.admission.running, calls.admission.waiting) == (1, 0)
+        assert calls.tasks[0].exception() is None
+        calls.ends[2].set()
+        await settle()
+        assert calls.admission.running == 0
+
+    run(main)
+
+
 def test_without_a_limit_nobody_waits() -> None:
     async def main() -> None:
         calls = Calls(Admission(None, 0, TIMEOUT_S))
@@ -225,7 +244,8 @@ def test_first_come_first_served(
                 now += value
                 move(value)
                 queue = [(number, came) for number, came in queue if now - came < TIMEOUT_S]
-            elif value < len(calls.tasks):
+            elif calls.tasks:
+                value %= len(calls.tasks)
                 if name == "cancel":
                     calls.tasks[value].cancel()
                     queue = [waiting for waiting in queue if waiting[0] != value]
@@ -259,11 +279,12 @@ def test_nothing_leaks_whenever_calls_are_cancelled(
                 calls.arrive()
             elif name == "move":
                 move(value)
-            elif value < len(calls.tasks):
+            elif alive := [n for n, task in enumerate(calls.tasks) if not task.done()]:
+                number = alive[value % len(alive)]
                 if name == "cancel":
-                    calls.tasks[value].cancel()
+                    calls.tasks[number].cancel()
                 else:
-                    calls.ends[value].set()
+                    calls.ends[number].set()
             for _ in range(between):
                 await asyncio.sleep(0)
                 assert calls.inside <= calls.admission.running <= slots
@@ -277,7 +298,11 @@ async def leave_nothing(calls: Calls) -> None:
     """Ends every call; then all slots must be free and usable."""
     for end in calls.ends:
         end.set()
-    await asyncio.gather(*calls.tasks, return_exceptions=True)
+    for _ in calls.tasks:
+        await settle()
+    assert all(task.done() for task in calls.tasks)
+    ended = await asyncio.gather(*calls.tasks, return_exceptions=True)
+    assert {type(end) for end in ended} <= {type(None), asyncio.CancelledError, LimitReached}
     assert (calls.inside, calls.admission.running, calls.admission.waiting) == (0, 0, 0)
     async with calls.admission.slot():
         assert calls.admission.running == 1
