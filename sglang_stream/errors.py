@@ -4,6 +4,8 @@
     |-- InvalidRequest                400     invalid_request
     |   |-- ContextLengthExceeded     400     context_length_exceeded
     |   `-- Malformed                 422     malformed
+    |-- Unauthorized                  401     unauthorized
+    |-- Forbidden                     403     forbidden
     |-- StreamNotFound                404     stream_not_found
     |-- ModelNotFound                 404     model_not_found
     |-- Conflict                      409     conflict
@@ -76,6 +78,14 @@ class ContextLengthExceeded(InvalidRequest):
 
 class Malformed(InvalidRequest):
     status, code = 422, "malformed"
+
+
+class Unauthorized(StreamError):
+    status, code, type = 401, "unauthorized", "authentication_error"
+
+
+class Forbidden(StreamError):
+    status, code, type = 403, "forbidden", "permission_error"
 
 
 class StreamNotFound(StreamError):
