@@ -11,6 +11,7 @@ FROM python:3.11.13-slim-bookworm
 # The dependencies alone, so that a change of the sources is built in seconds.
 WORKDIR /opt/sglang-stream
 COPY pyproject.toml README.md ./
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir ".[router]"
 COPY router router
 COPY sglang_stream sglang_stream

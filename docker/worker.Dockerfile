@@ -31,6 +31,7 @@ RUN apt-get update \
 # The dependencies alone, so that a change of the sources is built in seconds.
 WORKDIR /opt/sglang-stream
 COPY pyproject.toml README.md ./
+# hadolint ignore=DL3013
 RUN python3 -m pip install --no-cache-dir ".[server]"
 COPY router router
 COPY sglang_stream sglang_stream
