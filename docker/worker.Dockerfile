@@ -28,14 +28,15 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends tini \
  && rm -rf /var/lib/apt/lists/*
 
-# The dependencies alone, so that a change of the sources is built in seconds.
+# The dependencies alone, so that a change of the sources is built in seconds. The system's Python is
+# nobody else's here.
 WORKDIR /opt/sglang-stream
 COPY pyproject.toml README.md ./
 # hadolint ignore=DL3013
-RUN python3 -m pip install --no-cache-dir ".[server]"
+RUN python3 -m pip install --break-system-packages --no-cache-dir ".[server]"
 COPY router router
 COPY sglang_stream sglang_stream
-RUN python3 -m pip install --no-cache-dir --no-deps .
+RUN python3 -m pip install --break-system-packages --no-cache-dir --no-deps .
 
 # A volume on /models that is new takes the owner from here.
 RUN useradd --uid 10001 --create-home sglang \
