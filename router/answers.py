@@ -1,7 +1,8 @@
-"""Serving a generation to one client, and noticing when that client is gone.
+"""Serving answers that take a while, and noticing when their client is gone.
 
-Starlette tells of a client that vanished only to who waits for it, so each answer here runs
-beside a task that does: waiting for the first token and sending both end with the connection.
+Starlette tells of a client that vanished only to who waits for it, so an `AdmittedAnswer` runs
+beside a task that does: waiting for a slot, for the first token, and sending all end with the
+connection.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from router.admission import Admission
 from router.errors_http import error_response, json_response
 from router.generation import Generation
 from router.openai_format import AnswerFormat
@@ -36,6 +38,27 @@ async def while_connected(receive: Receive, work: Callable[[], Awaitable[None]])
             raise result
 
 
+class AdmittedAnswer(Response):
+    """The answer that `make` makes, once there is a slot for it; it holds the slot until it was
+    sent. A client that leaves gives up its place in the queue."""
+
+    def __init__(self, admission: Admission, make: Callable[[], Awaitable[Response]]) -> None:
+        super().__init__()
+        self._admission = admission
+        self._make = make
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def work() -> None:
+            try:
+                async with self._admission.slot():
+                    answer = await self._make()
+                    await answer(scope, receive, send)
+            except StreamError as e:
+                await error_response(e)(scope, receive, send)
+
+        await while_connected(receive, work)
+
+
 class GenerationAnswer(Response):
     """The answer to a generate call: server-sent events, or one object when all is generated.
 
@@ -52,7 +75,7 @@ class GenerationAnswer(Response):
         self._include_usage = include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def work() -> None:
+        with self._generation.attached():
             try:
                 await self._generation.started()
                 if self._stream:
@@ -63,9 +86,6 @@ class GenerationAnswer(Response):
                 answer = error_response(e)
             await answer(scope, receive, send)
             self._generation.delivered |= answer.status_code == 200
-
-        with self._generation.attached():
-            await while_connected(receive, work)
 
     async def _whole(self) -> Response:
         texts: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from router.breaker import BreakerSettings
 from router.identity import worker_tag
 from router.metrics import RouterMetrics
 from router.placement import WorkerView, choose_decode, choose_prefill
@@ -93,20 +95,20 @@ class Cluster:
         return worker
 
     def ready(self, *roles: Role) -> list[Worker]:
-        """The workers of these roles that can be used now."""
-        return [w for w in self.workers.values() if w.ready and w.role in roles]
+        """The workers of these roles that can be given work now."""
+        return [w for w in self.workers.values() if w.usable and w.role in roles]
 
     def states(self) -> list[tuple[str, str]]:
         """Role and state of each worker."""
         return [(w.role, "ready" if w.ready else "lost") for w in self.workers.values()]
 
     def holders(self) -> list[Worker]:
-        """The workers that can hold open streams."""
-        return self.ready("unified", "prefill")
+        """The workers that may hold open streams."""
+        return [w for w in self.workers.values() if w.ready and w.role != "decode"]
 
     def check_ready(self) -> None:
         """Raises WorkerUnavailable unless a stream could be opened and generated now."""
-        holders = self.holders()
+        holders = self.ready("unified", "prefill")
         if not holders:
             reasons = "; ".join(w.reason for w in self.workers.values() if not w.ready)
             raise WorkerUnavailable(reasons or "there are no workers", retry_after=1)
@@ -127,7 +129,7 @@ class Cluster:
     def place_stream(self, tokens: array[int], namespace: str | None) -> Worker:
         """The worker for a new stream that begins with `tokens`. Raises WorkerUnavailable."""
         self.check_ready()
-        candidates = self.holders()
+        candidates = self.ready("unified", "prefill")
         blocks = prefix_blocks(pack_tokens(tokens), namespace)
         views = [_view(w, w.load.shared_tokens(blocks)) for w in candidates]
         turn = self._turn("prefill")
@@ -200,6 +202,12 @@ class Cluster:
             role=address.role,
             bootstrap_port=address.bootstrap_port,
             secret=self._config.secret,
+            breaker=BreakerSettings(
+                self._config.cb_failure_threshold,
+                self._config.cb_success_threshold,
+                self._config.cb_timeout_duration_secs,
+                self._config.cb_window_duration_secs,
+            ),
         )
         self.workers[worker.url] = worker
         return worker
@@ -232,6 +240,7 @@ def described(worker: Worker) -> dict[str, Any]:
         "url": worker.url,
         "role": worker.role,
         "healthy": worker.ready,
+        "circuit": worker.breaker.state(time.monotonic()),
     }
     if not worker.ready:
         return fields | {"reason": worker.reason}

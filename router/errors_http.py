@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sglang_stream.errors import EngineFailure, Malformed, StreamError
+from sglang_stream.errors import EngineFailure, Malformed, StreamError, Unauthorized
 
 
 def json_response(
@@ -28,9 +28,11 @@ def json_response(
 
 def error_response(error: StreamError) -> Response:
     """The answer to a call that failed with `error`."""
-    headers = None
+    headers: dict[str, str] = {}
     if error.retry_after is not None:
-        headers = {"Retry-After": str(error.retry_after)}
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     return json_response({"error": error.to_fields()}, error.status, headers)
 
 

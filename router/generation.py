@@ -14,9 +14,11 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
+
 from router.increments import Increments, Piece
 from router.worker import WorkerEvent
-from sglang_stream.errors import EngineFailure, StreamError
+from sglang_stream.errors import EngineFailure, StreamError, WorkerUnavailable
 from sglang_stream.messages import Usage
 
 
@@ -35,10 +37,10 @@ class Outcome:
 class Generation:
     """The answer to one sealed stream, or to one that is being sealed.
 
-    `arrived_s`: when the call came (`time.perf_counter`). `on_first_token` is given the seconds
-    until the first token and returns the stream's counters. `on_abandoned` is called when nobody
-    will read any more. `delivered`: whether a client was sent a token; `ended`: whether the
-    worker is done with it, in whichever way.
+    `arrived_s`: when the call came (`time.perf_counter`). `timeout_s` bounds the whole answer.
+    `on_first_token` is given the seconds until the first token and returns the stream's counters.
+    `on_abandoned` is called when nobody will read any more. `delivered`: whether a client was sent
+    a token; `ended`: whether the worker is done with it, in whichever way.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Generation:
         arrived_s: float,
         increments: Increments,
         grace_s: float,
+        timeout_s: float,
         on_first_token: Callable[[float], Awaitable[Usage | None]],
         on_abandoned: Callable[[], None],
     ) -> None:
@@ -57,6 +60,7 @@ class Generation:
         self._arrived_s = arrived_s
         self.increments = increments
         self._grace_s = grace_s
+        self._timeout_s = timeout_s
         self._on_first_token = on_first_token
         self._on_abandoned = on_abandoned
         self._pieces: list[Piece] = []
@@ -120,9 +124,14 @@ class Generation:
 
     async def _run(self, events: AsyncIterator[WorkerEvent]) -> None:
         try:
-            await self._read(events)
+            with anyio.fail_after(self._timeout_s):
+                await self._read(events)
             if self.outcome is None:
                 raise EngineFailure("the worker ended the answer without a reason")
+        except TimeoutError:
+            self.error = WorkerUnavailable(
+                f"the answer took longer than --request-timeout-secs ({self._timeout_s:g} s)"
+            )
         except StreamError as e:
             # After the outcome a lost connection changes nothing any more.
             if self.outcome is None:

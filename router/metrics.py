@@ -63,12 +63,20 @@ class RouterMetrics:
             "Generations whose KV moves from a prefill to a decode worker.",
             registry=self._registry,
         )
+        self._queue = Gauge(
+            "sglang_stream_router_queue_requests",
+            "Calls that wait for a slot.",
+            registry=self._registry,
+        )
         self._workers = Gauge(
             "sglang_stream_router_workers",
             "Workers by role and whether they are ready.",
             ["role", "state"],
             registry=self._registry,
         )
+
+    def watch_queue(self, waiting: Callable[[], int]) -> None:
+        self._queue.set_function(waiting)
 
     def watch(
         self, open_streams: Callable[[], int], workers: Callable[[], Iterable[tuple[str, str]]]

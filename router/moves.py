@@ -15,6 +15,7 @@ import asyncio
 import logging
 from array import array
 
+from router.auth import Caller
 from router.cluster import Cluster
 from router.identity import StreamIds, worker_tag
 from router.metrics import RouterMetrics
@@ -49,19 +50,19 @@ class Moves:
         self._metrics = metrics
         self._left: dict[str, list[Abort]] = {}
 
-    async def find(self, stream_id: str, owner: bytes) -> Stream:
+    async def find(self, stream_id: str, caller: Caller) -> Stream:
         """The stream, fetched from its worker if it is not known here. Raises StreamNotFound."""
-        stream = self._streams.find(stream_id, owner)
+        stream = self._streams.find(stream_id, caller)
         if stream is not None:
             return stream
         tag = self._ids.first_worker(stream_id)
-        found = await self._fetch(stream_id, owner, since=0, first=tag)
-        stream = self._streams.find(stream_id, owner)  # meanwhile another call may have found it
+        found = await self._fetch(stream_id, caller.owner, since=0, first=tag)
+        stream = self._streams.find(stream_id, caller)  # meanwhile another call may have found it
         if stream is None:
             if found is None:
                 raise unknown(stream_id)
             copy, worker = found
-            stream = Stream.from_copy(copy, worker, owner)
+            stream = Stream.from_copy(copy, worker, caller.owner)
             self._streams.add(stream)
         return stream
 
@@ -148,7 +149,7 @@ class Moves:
         """Opens the stream with the next epoch: where it was if that is possible."""
         for attempt in range(_TRIES):
             epoch = stream.epoch + 1
-            stay = stream.worker if stream.worker is not None and stream.worker.ready else None
+            stay = stream.worker if stream.worker is not None and stream.worker.usable else None
             worker = stay or await self._cluster.place_replay(stream.id, epoch)
             stream.epoch = epoch
             event = Open(

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import httpx
 import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from router.answers import while_connected
+from router.backoff import RetryBudget, RetryPolicy
 from router.errors_http import error_response
 from router.legs import ROOMS
 from router.worker import Worker
@@ -30,6 +36,7 @@ _NOT_PASSED = frozenset(
         ),
         *("te", "trailer", "transfer-encoding", "upgrade", "expect"),
         *("host", "content-length", "date", "server"),
+        "authorization",  # the key is the router's
     )
 )
 
@@ -60,100 +67,167 @@ async def read_body(request: Request, limit: int) -> bytes:
 class ForwardedAnswer(Response):
     """The worker's answer to `request`, whose body was read already.
 
-    It is passed on piece by piece; a client that leaves ends the call in the worker. On workers
-    apart the prefill worker gets the same call; its failure ends the answer that is waited for.
+    `place` says where the call goes, and again where it goes instead when that worker cannot be
+    reached, as often as `retries` and `budget` allow; it takes at most `timeout_s` until the answer
+    begins. The answer is passed on piece by piece. On workers apart the prefill worker gets the
+    same call; its failure ends the answer that is waited for. `namespace`: see `messages.Open`.
     """
 
     def __init__(
-        self, http: httpx.AsyncClient, route: Route, request: Request, body: bytes
+        self,
+        http: httpx.AsyncClient,
+        request: Request,
+        body: bytes,
+        *,
+        place: Callable[[], Awaitable[Route]],
+        namespace: str | None,
+        retries: RetryPolicy,
+        budget: RetryBudget,
+        timeout_s: float,
     ) -> None:
         super().__init__()
         self._http = http
-        self._route = route
         self._request = request
-        if route.prefill is not None:
-            body = with_bootstrap(body, route.prefill)
         self._body = body
+        self._place = place
+        self._namespace = namespace
+        self._retries = retries
+        self._budget = budget
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def work() -> None:
-            prefilling = asyncio.create_task(self._prefill())
-            try:
-                answer = await self._answer(prefilling)
-                try:
-                    await _pass_on(answer, send)
-                finally:
-                    await answer.aclose()
-            except StreamError as e:
-                await error_response(e)(scope, receive, send)
-            finally:
-                prefilling.cancel()
-                await asyncio.gather(prefilling, return_exceptions=True)
+        try:
+            async with self._answer() as answer:
+                await _pass_on(answer, send)
+        except StreamError as e:
+            await error_response(e)(scope, receive, send)
 
-        await while_connected(receive, work)
+    @asynccontextmanager
+    async def _answer(self) -> AsyncIterator[httpx.Response]:
+        """The beginning of an answer, from the first worker that gives one."""
+        self._budget.request(time.monotonic())
+        prefilling: asyncio.Task[None] | None = None
+        answer: httpx.Response | None = None
+        try:
+            with _at_most(self._timeout_s):
+                for attempt in itertools.count(1):
+                    route = await self._place()
+                    body = addressed(self._body, route, self._namespace)
+                    prefilling = asyncio.create_task(self._prefill(route, body))
+                    try:
+                        answer = await self._begin(route, body, prefilling)
+                        break
+                    except WorkerUnavailable:
+                        await _ended(prefilling)
+                        if attempt > self._retries.max_retries:
+                            raise
+                        if not self._budget.may_retry(time.monotonic()):
+                            raise
+                    await asyncio.sleep(self._retries.delay_s(attempt, random.random))
+            assert answer is not None
+            yield answer
+        finally:
+            if prefilling is not None:
+                await _ended(prefilling)
+            if answer is not None:
+                await answer.aclose()
 
-    async def _answer(self, prefilling: asyncio.Task[None]) -> httpx.Response:
+    async def _begin(
+        self, route: Route, body: bytes, prefilling: asyncio.Task[None]
+    ) -> httpx.Response:
         """The beginning of the answer. Raises the error of whichever call fails first."""
-        calling = asyncio.create_task(self._send(self._route.worker, stream=True))
+        calling = asyncio.create_task(self._send(route.worker, body, stream=True))
         try:
             await asyncio.wait({calling, prefilling}, return_when=asyncio.FIRST_COMPLETED)
             if not calling.done():
                 prefilling.result()
             return await calling
         except BaseException:
-            calling.cancel()
+            await _ended(calling)
             raise
 
-    async def _prefill(self) -> None:
+    async def _prefill(self, route: Route, body: bytes) -> None:
         """The same call on the prefill worker, which answers when the KV has gone."""
-        if self._route.prefill is None:
+        if route.prefill is None:
             return
-        answer = await self._send(self._route.prefill, stream=False)
+        answer = await self._send(route.prefill, body, stream=False)
         if answer.is_error:
             raise from_fields(_error_fields(answer.content), status=answer.status_code)
 
-    async def _send(self, worker: Worker, *, stream: bool) -> httpx.Response:
+    async def _send(self, worker: Worker, body: bytes, *, stream: bool) -> httpx.Response:
         request = self._request
         query = f"?{request.url.query}" if request.url.query else ""
         call = self._http.build_request(
             request.method,
             f"{worker.url}{request.url.path}{query}",
             headers=[(k, v) for k, v in request.headers.items() if _passed(k)],
-            content=self._body,
+            content=body,
         )
-        try:
-            return await self._http.send(call, stream=stream)
-        except httpx.TransportError as e:
-            raise WorkerUnavailable(
-                f"the worker at {worker.url} cannot be reached "
-                f"({type(e).__name__}: {e}): try again",
-                retry_after=1,
-            ) from e
+        with worker.counted():
+            try:
+                return await self._http.send(call, stream=stream)
+            except httpx.TransportError as e:
+                raise WorkerUnavailable(
+                    f"the worker at {worker.url} cannot be reached "
+                    f"({type(e).__name__}: {e}): try again",
+                    retry_after=1,
+                ) from e
 
 
-def with_bootstrap(body: bytes, prefill: Worker) -> bytes:
-    """The body of an ordinary call with where and under which room number its KV is handed over.
+def addressed(body: bytes, route: Route, namespace: str | None) -> bytes:
+    """The body of an ordinary call with where and under which room number its KV is handed over,
+    and with the caller's namespace.
 
-    A call with several prompts, or `n` answers, is several requests with a room each, as SGLang's
-    own gateway does it. What cannot be read is left to the worker's error.
+    A call with several prompts is several requests with a room each, as SGLang's own gateway does
+    it. What cannot be read is left to the worker's error.
     """
+    if route.prefill is None and namespace is None:
+        return body
     try:
         fields = msgspec.json.decode(body, type=dict[str, Any])
     except msgspec.DecodeError:
         return body
-    prompt = fields.get("prompt")
+    if namespace is not None:
+        # At the end, where no salt of a client's can imitate another caller's.
+        given = fields.get("extra_key")
+        if isinstance(given, list):
+            fields["extra_key"] = [f"{key or ''}{namespace}" for key in given]
+        else:
+            fields["extra_key"] = f"{given or ''}{namespace}"
+    if route.prefill is not None:
+        fields |= _meeting(fields.get("prompt"), route.prefill)
+    return msgspec.json.encode(fields)
+
+
+def _meeting(prompt: Any, prefill: Worker) -> dict[str, Any]:
     host, port = prefill.host, prefill.info.bootstrap_port
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        fields["bootstrap_host"] = [host] * len(prompt)
-        fields["bootstrap_port"] = [port] * len(prompt)
-        fields["bootstrap_room"] = [secrets.randbelow(ROOMS) for _ in prompt]
-    else:
-        fields |= {
-            "bootstrap_host": host,
-            "bootstrap_port": port,
-            "bootstrap_room": secrets.randbelow(ROOMS),
+        return {
+            "bootstrap_host": [host] * len(prompt),
+            "bootstrap_port": [port] * len(prompt),
+            "bootstrap_room": [secrets.randbelow(ROOMS) for _ in prompt],
         }
-    return msgspec.json.encode(fields)
+    return {
+        "bootstrap_host": host,
+        "bootstrap_port": port,
+        "bootstrap_room": secrets.randbelow(ROOMS),
+    }
+
+
+@contextmanager
+def _at_most(timeout_s: float) -> Iterator[None]:
+    try:
+        with anyio.fail_after(timeout_s):
+            yield
+    except TimeoutError:
+        raise WorkerUnavailable(
+            f"no answer began within --request-timeout-secs ({timeout_s:g} s)"
+        ) from None
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _pass_on(answer: httpx.Response, send: Send) -> None:

@@ -8,14 +8,19 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 
 import httpx
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from router.answers import GenerationAnswer
+from router.admission import Admission
+from router.answers import AdmittedAnswer, GenerationAnswer
+from router.auth import ApiKeys, Caller
 from router.cluster import described
 from router.errors_http import install_error_handlers, json_response
+from router.generation import Generation
+from router.logs import configure, log_context
 from router.metrics import RequestCounter, RouterMetrics
 from router.openai_format import AnswerFormat
 from router.proxy import ForwardedAnswer, Route, read_body
@@ -29,8 +34,9 @@ from router.schemas import (
     parse,
 )
 from router.service import StreamService
+from router.streams import Stream
 from sglang_stream.config import RouterConfig, WorkerAddress
-from sglang_stream.errors import WorkerUnavailable
+from sglang_stream.errors import InvalidRequest, WorkerUnavailable
 
 DRAIN_S = 30
 """How long answers that are being written may take to end when the router is stopped."""
@@ -53,7 +59,11 @@ class RouterHandlers:
         self._service = service
         self._http = http
         self._metrics = metrics
-        self._owner = b""
+        self._keys = _read_keys(config)
+        self._admission = Admission(
+            config.max_concurrent_requests, config.queue_size, config.queue_timeout_secs
+        )
+        metrics.watch_queue(lambda: self._admission.waiting)
 
     def add_to(self, app: FastAPI) -> None:
         """Registers all routes."""
@@ -78,61 +88,78 @@ class RouterHandlers:
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
 
     async def open(self, request: Request) -> Response:
-        body = await self._body(request, OpenBody)
-        stream = await self._service.open(body, self._owner, None)
+        caller = self._caller(request)
+        stream = await self._service.open(await self._body(request, OpenBody), caller)
         return json_response(stream.described(), 201)
 
-    async def list_open(self) -> Response:
-        data = [stream.described() for stream in self._service.streams.open()]
-        return json_response({"object": "list", "data": data})
+    async def list_open(self, request: Request) -> Response:
+        streams = self._service.streams.open_of(self._caller(request))
+        return json_response({"object": "list", "data": [s.described() for s in streams]})
 
-    async def look(self, stream_id: str) -> Response:
-        stream = await self._service.refresh(stream_id, self._owner)
-        return json_response(stream.described(with_worker=True))
+    async def look(self, stream_id: str, request: Request) -> Response:
+        caller = self._caller(request)
+        stream = await self._service.refresh(stream_id, caller)
+        return json_response(stream.described(with_worker=caller.admin))
 
-    async def delete(self, stream_id: str) -> Response:
-        await self._service.delete(stream_id, self._owner)
+    async def delete(self, stream_id: str, request: Request) -> Response:
+        await self._service.delete(stream_id, self._caller(request))
         return json_response({"id": stream_id, "object": "stream", "deleted": True})
 
     async def append(self, stream_id: str, request: Request) -> Response:
+        caller = self._caller(request)
         body = await self._body(request, ChunksBody)
-        answer = await self._service.append(stream_id, body, self._owner)
+        with log_context(stream_id=stream_id):
+            answer = await self._service.append(stream_id, body, caller)
         return json_response({"seq": answer.seq, "tokens": answer.tokens}, 202)
 
     async def update(self, stream_id: str, request: Request) -> Response:
+        caller = self._caller(request)
         body = await self._body(request, ContextBody)
-        answer = await self._service.update(stream_id, body, self._owner)
+        with log_context(stream_id=stream_id):
+            answer = await self._service.update(stream_id, body, caller)
         fields = {"seq": answer.seq, "tokens": answer.tokens, "lcp": answer.lcp}
         return json_response(fields, 202)
 
     async def generate(self, stream_id: str, request: Request) -> Response:
         arrived_s = time.perf_counter()
+        caller = self._caller(request)
         body = await self._body(request, GenerateBody)
-        stream, generation = await self._service.generate(stream_id, body, self._owner, arrived_s)
-        chat = stream.opening.kind == "chat"
-        with_ids = bool(body.return_token_ids)
-        form = AnswerFormat(
-            id=f"{'chatcmpl' if chat else 'cmpl'}-{stream.id.removeprefix('st-')}",
-            created=stream.created,
-            model=stream.model,
-            chat=chat,
-            with_ids=with_ids,
-            prompt_ids=stream.prompt() if with_ids else None,
-        )
-        options = body.stream_options
-        return GenerationAnswer(
-            generation,
-            form,
-            stream=bool(body.stream),
-            include_usage=bool(options and options.include_usage),
-        )
+
+        async def make() -> Response:
+            with log_context(stream_id=stream_id):
+                stream, generation = await self._service.generate(
+                    stream_id, body, caller, arrived_s
+                )
+            return _generation_answer(stream, generation, body)
+
+        return AdmittedAnswer(self._admission, make)
 
     async def forward(self, request: Request) -> Response:
+        caller = self._caller(request)
         body = await read_body(request, self._config.max_body_bytes)
-        worker, prefill = await self._service.cluster.place_request()
+        service = self._service
+
+        async def place() -> Route:
+            worker, prefill = await service.cluster.place_request()
+            return Route(worker, prefill if request.method == "POST" else None)
+
+        answer = ForwardedAnswer(
+            self._http,
+            request,
+            body,
+            place=place,
+            namespace=caller.namespace if request.method == "POST" else None,
+            retries=service.retries,
+            budget=service.budget,
+            timeout_s=self._config.request_timeout_secs,
+        )
         if request.method == "GET":
-            prefill = None
-        return ForwardedAnswer(self._http, Route(worker, prefill), request, body)
+            return answer
+
+        async def make() -> Response:
+            return answer
+
+        return AdmittedAnswer(self._admission, make)
 
     async def health(self) -> Response:
         return Response()
@@ -141,23 +168,27 @@ class RouterHandlers:
         self._service.cluster.check_ready()
         return json_response({"status": "ready"})
 
-    async def workers(self) -> Response:
+    async def workers(self, request: Request) -> Response:
+        self._caller(request).require_admin()
         cluster = self._service.cluster
         data = [described(w) for w in cluster.workers.values()]
         return json_response({"workers": data, "total": len(data)})
 
     async def add_worker(self, request: Request) -> Response:
+        self._caller(request).require_admin()
         body = await self._body(request, WorkerBody)
         address = WorkerAddress(body.url, body.role, body.bootstrap_port)
         worker = self._service.cluster.add(address)
         return json_response(described(worker), 202)
 
-    async def remove_worker(self, worker_id: str) -> Response:
+    async def remove_worker(self, worker_id: str, request: Request) -> Response:
+        self._caller(request).require_admin()
         worker = await self._service.cluster.remove(worker_id)
         return json_response({"id": worker_id, "url": worker.url, "removed": True})
 
     async def flush_cache(self, request: Request) -> Response:
         """Empties the prefix cache of every worker."""
+        self._caller(request).require_admin()
         workers = list(self._service.cluster.workers.values())
         failures = await asyncio.gather(*(w.flush_cache(request.url.query) for w in workers))
         flushed = [
@@ -173,8 +204,47 @@ class RouterHandlers:
     async def metrics(self) -> Response:
         return Response(self._metrics.page(), media_type="text/plain; version=0.0.4")
 
+    def _caller(self, request: Request) -> Caller:
+        return self._keys.identify(request.headers.get("authorization"))
+
     async def _body(self, request: Request, model: type[B]) -> B:
         return parse(model, await read_body(request, self._config.max_body_bytes))
+
+
+def _generation_answer(
+    stream: Stream, generation: Generation, body: GenerateBody
+) -> GenerationAnswer:
+    chat = stream.opening.kind == "chat"
+    with_ids = bool(body.return_token_ids)
+    form = AnswerFormat(
+        id=f"{'chatcmpl' if chat else 'cmpl'}-{stream.id.removeprefix('st-')}",
+        created=stream.created,
+        model=stream.model,
+        chat=chat,
+        with_ids=with_ids,
+        prompt_ids=stream.prompt() if with_ids else None,
+    )
+    options = body.stream_options
+    return GenerationAnswer(
+        generation,
+        form,
+        stream=bool(body.stream),
+        include_usage=bool(options and options.include_usage),
+    )
+
+
+def _read_keys(config: RouterConfig) -> ApiKeys:
+    """Raises InvalidRequest that names the file and the line at fault."""
+    path = config.api_key_file
+    try:
+        lines = None if path is None else Path(path).read_text(encoding="utf-8").splitlines()
+        return ApiKeys.from_lines(
+            lines, config.admin_api_key or None, share_prefixes=config.share_prefixes
+        )
+    except (OSError, UnicodeDecodeError) as e:
+        raise InvalidRequest(f"--api-key-file {path} cannot be read: {e}") from e
+    except InvalidRequest as e:
+        raise InvalidRequest(f"--api-key-file {path}: {e.message}") from e
 
 
 def create_app(config: RouterConfig) -> FastAPI:
@@ -209,9 +279,11 @@ def create_app(config: RouterConfig) -> FastAPI:
 
 def run(config: RouterConfig) -> None:
     """Serves until SIGINT or SIGTERM, then lets running answers end for up to DRAIN_S seconds."""
+    configure(config.log_level, config.log_json)
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(config),
+            log_config=None,
             host=config.host,
             port=config.port,
             access_log=False,

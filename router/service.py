@@ -9,7 +9,9 @@ a stream in order, knows who generates, and sees to it that no stream is lost wi
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import random
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -20,6 +22,8 @@ from typing import Any
 import httpx
 import msgspec
 
+from router.auth import Caller
+from router.backoff import RetryBudget, RetryPolicy
 from router.cluster import Cluster
 from router.generation import Generation
 from router.identity import StreamIds
@@ -67,7 +71,7 @@ _TRIES = 4
 class StreamService:
     """The streams of one router. `run` must be running for calls to succeed.
 
-    `owner` of each method says whose streams the caller may see (`messages.Open`).
+    `caller` of each method says whose streams may be seen.
     """
 
     def __init__(
@@ -79,6 +83,14 @@ class StreamService:
         self._ids = StreamIds(config.secret)
         self.streams = Streams(config.max_open_streams, int(config.stream_buffer_gb * 2**30))
         self.cluster = Cluster(config, http, metrics, self._worker_ready, self._worker_lost)
+        self.retries = RetryPolicy(
+            config.retry_max_retries,
+            config.retry_initial_backoff_ms,
+            config.retry_max_backoff_ms,
+            config.retry_backoff_multiplier,
+            config.retry_jitter_factor,
+        )
+        self.budget = RetryBudget()
         self._moves = Moves(self.cluster, self.streams, self._ids, metrics)
         metrics.watch(self.streams.open_count, self.cluster.states)
 
@@ -97,7 +109,7 @@ class StreamService:
 
     # --- open, append, update -----------------------------------------------------------------
 
-    async def open(self, body: OpenBody, owner: bytes, namespace: str | None) -> Stream:
+    async def open(self, body: OpenBody, caller: Caller) -> Stream:
         """Opens a stream. Raises ModelNotFound, Malformed, LimitReached and the worker's errors."""
         model = self.cluster.model
         if body.model not in (None, model.name):
@@ -109,7 +121,7 @@ class StreamService:
         self.streams.check_room()
         opening = await model.prompts.opening(body)
         for attempt in range(_TRIES):
-            worker = self.cluster.place_stream(opening.tokens, namespace)
+            worker = self.cluster.place_stream(opening.tokens, caller.namespace)
             stream = Stream(
                 id=self._ids.new(worker.url),
                 mode=body.mode,
@@ -118,8 +130,8 @@ class StreamService:
                 order=body.order or "relevance",
                 idle_timeout_s=idle_timeout_s,
                 worker=worker,
-                owner=owner,
-                namespace=namespace,
+                owner=caller.owner,
+                namespace=caller.namespace,
             )
             self.streams.check_room()
             self.streams.add(stream)
@@ -156,9 +168,9 @@ class StreamService:
         stream.touch()
         return stream
 
-    async def append(self, stream_id: str, body: ChunksBody, owner: bytes) -> Accepted:
+    async def append(self, stream_id: str, body: ChunksBody, caller: Caller) -> Accepted:
         """Adds chunks. Raises StreamNotFound, Malformed, BodyTooLarge and the worker's errors."""
-        stream = await self._moves.find(stream_id, owner)
+        stream = await self._moves.find(stream_id, caller)
         prompts = self.cluster.model.prompts
         async with stream.sending:
             ids = await prompts.chunks(body)
@@ -168,7 +180,7 @@ class StreamService:
             asking = asyncio.create_task(
                 self._tell(
                     stream,
-                    lambda: Append(stream.id, body.seq, packed, content, stream.epoch, owner),
+                    lambda epoch, owner: Append(stream.id, body.seq, packed, content, epoch, owner),
                 )
             )
         answer = await asking
@@ -178,9 +190,9 @@ class StreamService:
         self._metrics.chunks.inc()
         return answer
 
-    async def update(self, stream_id: str, body: ContextBody, owner: bytes) -> Accepted:
+    async def update(self, stream_id: str, body: ContextBody, caller: Caller) -> Accepted:
         """Replaces the context; raises as `append` does."""
-        stream = await self._moves.find(stream_id, owner)
+        stream = await self._moves.find(stream_id, caller)
         prompts = self.cluster.model.prompts
         async with stream.sending:
             placement: Placement | None = None
@@ -195,7 +207,9 @@ class StreamService:
             content = digest(packed)
             answer = await self._tell(
                 stream,
-                lambda: Update(stream.id, body.seq, packed, content, stream.epoch, owner, memo),
+                lambda epoch, owner: Update(
+                    stream.id, body.seq, packed, content, epoch, owner, memo
+                ),
             )
             stream.accepted(body.seq, ids, answer, placement)
         self._metrics.chunks.inc()
@@ -204,14 +218,14 @@ class StreamService:
     # --- generate -----------------------------------------------------------------------------
 
     async def generate(
-        self, stream_id: str, body: GenerateBody, owner: bytes, arrived_s: float
+        self, stream_id: str, body: GenerateBody, caller: Caller, arrived_s: float
     ) -> tuple[Stream, Generation]:
         """Seals the stream and starts its generation, or finds the one that `request_id` started.
 
         Raises StreamNotFound, StreamSealed, GenerationStarted, Malformed, ContextLengthExceeded;
         the worker's refusal reaches the generation's readers and leaves the stream open.
         """
-        stream = await self._moves.find(stream_id, owner)
+        stream = await self._moves.find(stream_id, caller)
         model = self.cluster.model
         async with stream.sending:
             tail = await model.prompts.tail(stream.opening, body)
@@ -236,10 +250,12 @@ class StreamService:
                 arrived_s,
                 Increments(incremental, bool(body.return_token_ids)),
                 self._config.resume_grace_s,
+                self._config.request_timeout_secs,
                 on_first_token=lambda ttft_s: self._first_token(stream, ttft_s),
                 on_abandoned=lambda: self._abandoned(stream, generation),
             )
             stream.generation, stream.tail = generation, tail
+        self.budget.request(time.monotonic())
         params = sampling_params(body, model.prompts.defaults(stream.opening))
         generation.start(self._events(stream, generation, params, body.last_seq))
         return stream, generation
@@ -251,7 +267,7 @@ class StreamService:
         stream."""
         now = params
         seal = SealCall(stream.id, last_seq, (stream.tail or array("i")).tolist())
-        for attempt in range(_TRIES):
+        for attempt in itertools.count():
             try:
                 if attempt and stream.state != "open":
                     now = generation.increments.resume(params)
@@ -270,10 +286,11 @@ class StreamService:
             except (WorkerUnavailable, EngineFailure) as e:
                 if stream.state == "finished":
                     raise
-                if attempt == _TRIES - 1 or not self._may_try_again(stream, e):
+                if attempt == self.retries.max_retries or not self._may_try_again(e):
                     await self._after_failure(stream)
                     raise
                 logger.warning("stream %s: %s; trying again", stream.id, e.message)
+                await asyncio.sleep(self.retries.delay_s(attempt + 1, random.random))
             except StreamError:
                 await self._after_failure(stream)
                 raise
@@ -310,9 +327,15 @@ class StreamService:
             raise EngineFailure(f"not all tokens of stream {stream.id} are known here: ask again")
         return context + stream.tail + array("i", generation.increments.kept)
 
-    def _may_try_again(self, stream: Stream, error: StreamError) -> bool:
-        """Whether another attempt can help: never on the only worker, which just failed."""
-        return isinstance(error, WorkerUnavailable) or len(self.cluster.workers) > 1
+    def _may_try_again(self, error: StreamError) -> bool:
+        """Whether another attempt can help and may be made.
+
+        A lost worker's generations always go on elsewhere; a failure of a worker that lives counts
+        against the budget, and the only worker is not asked again.
+        """
+        if isinstance(error, WorkerUnavailable):
+            return True
+        return len(self.cluster.workers) > 1 and self.budget.may_retry(time.monotonic())
 
     async def _after_failure(self, stream: Stream) -> None:
         """Asks the worker what a failed generation left: a refused seal leaves the stream open."""
@@ -357,14 +380,14 @@ class StreamService:
 
     # --- look, delete -------------------------------------------------------------------------
 
-    async def refresh(self, stream_id: str, owner: bytes) -> Stream:
+    async def refresh(self, stream_id: str, caller: Caller) -> Stream:
         """The stream, as the worker sees it now. Raises StreamNotFound, WorkerUnavailable."""
-        stream = _present(await self._moves.find(stream_id, owner))
+        stream = _present(await self._moves.find(stream_id, caller))
         if stream.generation is not None and stream.worker is None:
             return stream  # on its way to another worker
         worker = await self._moves.ensure(stream)
         try:
-            status = await worker.status(Query(stream_id, owner))
+            status = await worker.status(Query(stream_id, stream.owner))
         except StreamNotFound:
             if stream.state == "finished":
                 return stream
@@ -377,9 +400,9 @@ class StreamService:
         stream.touch()
         return stream
 
-    async def delete(self, stream_id: str, owner: bytes) -> None:
+    async def delete(self, stream_id: str, caller: Caller) -> None:
         """Aborts the stream or its generation. Raises StreamNotFound, WorkerUnavailable."""
-        stream = await self._moves.find(stream_id, owner)
+        stream = await self._moves.find(stream_id, caller)
         was_sealed = stream.state != "open"
         if stream.state == "aborted":
             self.streams.forget(stream)
@@ -388,7 +411,7 @@ class StreamService:
             stream.generation.stop(StreamNotFound(f"stream {stream_id} was deleted"))
         try:
             if stream.state != "finished" and stream.worker is not None:
-                await stream.worker.ask(Abort(stream_id, stream.epoch, owner))
+                await stream.worker.ask(Abort(stream_id, stream.epoch, stream.owner))
         except StreamSealed:
             pass  # its generation has ended there, perhaps because its connection was closed here
         except StreamNotFound:
@@ -427,12 +450,15 @@ class StreamService:
         with suppress(StreamError):  # tried again with the next call
             await self._moves.sync(stream)
 
-    async def _tell(self, stream: Stream, event: Callable[[], Append | Update]) -> Accepted:
-        """The answer to an event, from whichever worker holds the stream by then."""
+    async def _tell(
+        self, stream: Stream, event: Callable[[int, bytes], Append | Update]
+    ) -> Accepted:
+        """The answer to an event, made for an epoch and an owner, from whichever worker holds the
+        stream by then."""
         for attempt in range(_TRIES):
             worker = await self._moves.ensure(stream)
             try:
-                return await worker.ask(event())
+                return await worker.ask(event(stream.epoch, stream.owner))
             except WorkerUnavailable:
                 if worker.ready or attempt == _TRIES - 1:
                     raise

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from router.auth import Caller
 from router.generation import Generation
 from router.schemas import DocumentBody, Order, text_of
 from router.worker import Worker
@@ -235,10 +236,11 @@ class Streams:
     def add(self, stream: Stream) -> None:
         self._by_id[stream.id] = stream
 
-    def find(self, stream_id: str, owner: bytes) -> Stream | None:
-        """The stream, None if it is not known here. Raises StreamNotFound for another's."""
+    def find(self, stream_id: str, caller: Caller) -> Stream | None:
+        """The stream, None if it is not known here. Raises StreamNotFound for another's, which
+        only an admin sees."""
         stream = self._by_id.get(stream_id)
-        if stream is not None and stream.owner != owner:
+        if stream is not None and stream.owner != caller.owner and not caller.admin:
             raise unknown(stream_id)
         return stream
 
@@ -250,6 +252,10 @@ class Streams:
 
     def open(self) -> Iterator[Stream]:
         return (s for s in self._by_id.values() if s.state == "open")
+
+    def open_of(self, caller: Caller) -> Iterator[Stream]:
+        """The caller's open streams, all of them for an admin."""
+        return (s for s in self.open() if caller.admin or s.owner == caller.owner)
 
     def held_by(self, worker: Worker | None) -> list[Stream]:
         return [s for s in self._by_id.values() if s.worker is worker]

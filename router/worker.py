@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ import httpx
 import msgspec
 import zmq.asyncio
 
+from router.breaker import BreakerSettings, CircuitBreaker
 from router.link import Link
 from router.load import WorkerLoad
 from router.sse import sse_data
@@ -112,11 +114,12 @@ class Worker:
         secret: str | None = None,
         question_timeout_s: float = 25.0,
         heartbeat_s: float = 1.0,
+        breaker: BreakerSettings | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self.load = WorkerLoad()
+        self.breaker = CircuitBreaker(breaker or BreakerSettings())
         self.placed = 0  # streams and requests given to it since its last report
-        self.draining = False
         self._http = http
         self._accept = accept
         self._on_ready = on_ready
@@ -142,6 +145,11 @@ class Worker:
     @property
     def ready(self) -> bool:
         return self._info is not None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is ready and has not failed too often of late."""
+        return self.ready and self.breaker.allows(time.monotonic())
 
     @property
     def role(self) -> Role:
@@ -203,15 +211,36 @@ class Worker:
         Raises the error that the worker reports, WorkerUnavailable if the connection fails or the
         worker is lost.
         """
+        with self.counted():
+            call = _Call(self._read_events(body))
+            self._calls.add(call)
+            try:
+                async for event in call:
+                    yield event
+            finally:
+                self._calls.discard(call)
+                await call.close()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Tells the circuit breaker how a call to this worker ends; a client's mistake is no
+        failure. Raises WorkerUnavailable if the worker is not to be called now."""
         _ = self.info
-        call = _Call(self._read_events(body))
-        self._calls.add(call)
+        if not self.usable:
+            raise WorkerUnavailable(
+                f"the worker at {self.url} has failed too often and is left alone for a while",
+                retry_after=1,
+            )
+        call = self.breaker.started(time.monotonic())
+        tell = self.breaker.abandoned
         try:
-            async for event in call:
-                yield event
+            yield
+            tell = self.breaker.succeeded
+        except (WorkerUnavailable, EngineFailure):
+            tell = self.breaker.failed
+            raise
         finally:
-            self._calls.discard(call)
-            await call.close()
+            tell(time.monotonic(), call)
 
     async def flush_cache(self, query: str) -> str | None:
         """Empties the worker's prefix cache; what went wrong, None if nothing.

@@ -14,6 +14,7 @@ from sglang_stream.messages import Role
 
 ENGINE_VARIABLE = "SGLANG_STREAM"
 SECRET_VARIABLE = "SGLANG_STREAM_SECRET"
+ADMIN_KEY_VARIABLE = "SGLANG_STREAM_ADMIN_KEY"
 
 PlacementName = Literal["stream_aware", "round_robin", "least_loaded", "prefix"]
 """How a stream's prefill worker is chosen (see `router.placement`)."""
@@ -71,6 +72,12 @@ class RouterConfig(msgspec.Struct, frozen=True):
     `resume_grace_s`: how long a generation whose client is gone waits, before its first token was
     delivered, for the same `request_id` to come again. `worker_wait_s`: how long a call waits for
     a worker when none is ready. `secret`: what workers and routers share.
+
+    `api_key_file`, `admin_api_key`, `share_prefixes`: see `router.auth`. `max_concurrent_requests`
+    answers are generated at once (None: no limit), `queue_size` wait, for at most
+    `queue_timeout_secs`; one that takes longer than `request_timeout_secs` is ended. `cb_*`: after
+    so many failures within the window a worker is left alone for the time-out, and used again
+    after so many successes. `retry_*`: how often and how soon a failed call is tried again.
     """
 
     workers: tuple[WorkerAddress, ...] = ()
@@ -86,3 +93,21 @@ class RouterConfig(msgspec.Struct, frozen=True):
     resume_grace_s: float = 10.0
     worker_wait_s: float = 10.0
     secret: str | None = None
+    api_key_file: str | None = None
+    admin_api_key: str | None = None
+    share_prefixes: bool = False
+    max_concurrent_requests: int | None = None
+    queue_size: int = 256
+    queue_timeout_secs: float = 60.0
+    request_timeout_secs: float = 1800.0
+    cb_failure_threshold: int = 5
+    cb_success_threshold: int = 2
+    cb_timeout_duration_secs: float = 10.0
+    cb_window_duration_secs: float = 60.0
+    retry_max_retries: int = 3
+    retry_initial_backoff_ms: float = 50.0
+    retry_max_backoff_ms: float = 5000.0
+    retry_backoff_multiplier: float = 1.5
+    retry_jitter_factor: float = 0.2
+    log_level: str = "info"
+    log_json: bool = False

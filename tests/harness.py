@@ -67,7 +67,8 @@ class Worker:
     socket: Any = None
     endpoint: str = ""
     opened: list[str] = field(default_factory=list)
-    _calls: Iterator[int] = field(default_factory=itertools.count)
+    reports: list[m.Report] = field(default_factory=list)
+    _calls: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def connect(self) -> None:
         state = self.http.get("/get_server_info").json()["internal_states"][0]["sglang_stream"]
@@ -82,9 +83,14 @@ class Worker:
         return call_id
 
     def receive(self, timeout_s: float = 60) -> tuple[bytes, m.Answer]:
-        assert self.socket.poll(timeout_s * 1000), f"no answer on the chunk socket; see {self.log}"
-        call_id, payload = self.socket.recv_multipart()
-        return call_id, m.decode_said(payload)
+        while True:
+            what = f"no answer on the chunk socket; see {self.log}"
+            assert self.socket.poll(timeout_s * 1000), what
+            call_id, payload = self.socket.recv_multipart()
+            said = m.decode_said(payload)
+            if not isinstance(said, m.Report):
+                return call_id, said
+            self.reports.append(said)
 
     def ask(self, question: m.Question, timeout_s: float = 60) -> Any:
         """Sends one question and returns its answer. Raises the error of a refusal."""

@@ -15,6 +15,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from sglang_stream.cli import options as o
@@ -47,9 +48,9 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )
-    app.command(context_settings=WITH_SGLANG_FLAGS)(serve)
-    app.command(context_settings=WITH_SGLANG_FLAGS)(worker)
-    app.command()(router)
+    app.command("serve", context_settings=WITH_SGLANG_FLAGS)(run_serve)
+    app.command("worker", context_settings=WITH_SGLANG_FLAGS)(run_worker)
+    app.command("router")(run_router)
     app.command("tiny-model")(tiny_model)
     forwarded = {**WITH_SGLANG_FLAGS, "help_option_names": []}
     app.command(context_settings=forwarded)(demo)
@@ -58,27 +59,18 @@ def build_app() -> typer.Typer:
     return app
 
 
-def serve(
+@o.with_router_flags
+def run_serve(
     ctx: typer.Context,
     model_path: o.ModelPath,
-    host: o.Host = o.ROUTER.host,
-    port: o.Port = o.ROUTER.port,
+    settings: RouterConfig,
     workers: o.UnifiedWorkers = 1,
     prefill_workers: o.PrefillWorkers = 0,
     decode_workers: o.DecodeWorkers = 0,
-    placement: o.Placement = o.ROUTER.placement,
     worker_log: o.WorkerLog = None,
     start_timeout_s: o.StartTimeout = 600.0,
-    max_open_streams: o.OpenStreams = o.ROUTER.max_open_streams,
     max_prompt_tokens: o.PromptTokens = o.ENGINE.max_prompt_tokens,
     stream_pass_tokens: o.PassTokens = o.ENGINE.pass_tokens,
-    max_body_bytes: o.BodyBytes = o.ROUTER.max_body_bytes,
-    max_chunk_bytes: o.ChunkBytes = o.ROUTER.max_chunk_bytes,
-    idle_timeout_s: o.IdleTimeout = o.ROUTER.idle_timeout_s,
-    max_idle_timeout_s: o.MaxIdleTimeout = o.ROUTER.max_idle_timeout_s,
-    stream_buffer_gb: o.BufferGb = o.ROUTER.stream_buffer_gb,
-    worker_wait_s: o.WorkerWait = o.ROUTER.worker_wait_s,
-    resume_grace_s: o.ResumeGrace = o.ROUTER.resume_grace_s,
 ) -> None:
     """Serve a model: its workers and the router in front of them, until Ctrl-C.
 
@@ -99,32 +91,19 @@ def serve(
     if prefill_workers or decode_workers:
         _require("disaggregation", "mooncake")
     _require_model(model_path)
-    if port == 0:
-        port = choose_port(host)
-    require_free_port(host, port)
+    port = settings.port or choose_port(settings.host)
+    require_free_port(settings.host, port)
+    addresses = plan_workers(workers, prefill_workers, decode_workers)
     plan = ServePlan(
         model_path,
         EngineConfig(
-            max_streams=max_open_streams,
+            max_streams=settings.max_open_streams,
             max_prompt_tokens=max_prompt_tokens,
             pass_tokens=stream_pass_tokens,
-            secret=os.environ.get(SECRET_VARIABLE),
+            secret=settings.secret,
             served=True,
         ),
-        RouterConfig(
-            workers=plan_workers(workers, prefill_workers, decode_workers),
-            host=host,
-            port=port,
-            placement=placement,
-            max_open_streams=max_open_streams,
-            max_body_bytes=max_body_bytes,
-            max_chunk_bytes=max_chunk_bytes,
-            idle_timeout_s=idle_timeout_s,
-            max_idle_timeout_s=max_idle_timeout_s,
-            resume_grace_s=resume_grace_s,
-            stream_buffer_gb=stream_buffer_gb,
-            worker_wait_s=worker_wait_s,
-        ),
+        msgspec.structs.replace(settings, port=port, workers=addresses),
         ctx.args,
         _writable(worker_log or Path(tempfile.mkdtemp(prefix="sglang-stream-")) / "worker.log"),
         start_timeout_s,
@@ -132,7 +111,7 @@ def serve(
     asyncio.run(run(plan, os.environ))
 
 
-def worker(
+def run_worker(
     ctx: typer.Context,
     model_path: o.ModelPath,
     role: o.WorkerRole = "unified",
@@ -175,21 +154,12 @@ def worker(
     os.execve(argv[0], argv, {**os.environ, **additions})
 
 
-def router(
+@o.with_router_flags
+def run_router(
+    settings: RouterConfig,
     worker: o.WorkerUrls = [],  # noqa: B006
     prefill: o.PrefillUrls = [],  # noqa: B006
     decode: o.DecodeUrls = [],  # noqa: B006
-    placement: o.Placement = o.ROUTER.placement,
-    host: o.Host = o.ROUTER.host,
-    port: o.Port = o.ROUTER.port,
-    max_open_streams: o.OpenStreams = o.ROUTER.max_open_streams,
-    max_body_bytes: o.BodyBytes = o.ROUTER.max_body_bytes,
-    max_chunk_bytes: o.ChunkBytes = o.ROUTER.max_chunk_bytes,
-    idle_timeout_s: o.IdleTimeout = o.ROUTER.idle_timeout_s,
-    max_idle_timeout_s: o.MaxIdleTimeout = o.ROUTER.max_idle_timeout_s,
-    stream_buffer_gb: o.BufferGb = o.ROUTER.stream_buffer_gb,
-    worker_wait_s: o.WorkerWait = o.ROUTER.worker_wait_s,
-    resume_grace_s: o.ResumeGrace = o.ROUTER.resume_grace_s,
 ) -> None:
     """Start a router alone, in front of workers that run elsewhere.
 
@@ -203,27 +173,11 @@ def router(
     from sglang_stream.cli.ports import require_free_port
 
     workers = worker_addresses(worker, prefill, decode)
-    require_free_port(host, port)
+    require_free_port(settings.host, settings.port)
     _require("server", "fastapi", "uvicorn", "zmq", "transformers")
     from router.server import run
 
-    run(
-        RouterConfig(
-            workers=workers,
-            host=host,
-            port=port,
-            placement=placement,
-            max_open_streams=max_open_streams,
-            max_body_bytes=max_body_bytes,
-            max_chunk_bytes=max_chunk_bytes,
-            idle_timeout_s=idle_timeout_s,
-            max_idle_timeout_s=max_idle_timeout_s,
-            resume_grace_s=resume_grace_s,
-            stream_buffer_gb=stream_buffer_gb,
-            worker_wait_s=worker_wait_s,
-            secret=os.environ.get(SECRET_VARIABLE),
-        )
-    )
+    run(msgspec.structs.replace(settings, workers=workers))
 
 
 def tiny_model(

@@ -29,6 +29,8 @@ ROUTER_GRACE_S = 40.0
 REFUSED_FLAGS = ("--api-key", "--admin-api-key", "--ssl-keyfile", "--ssl-certfile")
 
 
+# Settings that no process list must show.
+IN_ENVIRONMENT = ("secret", "admin_api_key")
 TP_FLAGS = ("--tp", "--tp-size", "--tensor-parallel-size")
 
 
@@ -123,12 +125,17 @@ def _tensor_parallel(flags: Sequence[str]) -> int:
 
 
 def router_command(config: RouterConfig) -> list[str]:
-    """The command line of `sglang-stream router` with these settings; the secret goes by the
-    environment."""
+    """The command line of `sglang-stream router` with these settings, but for the secret ones,
+    which go by the environment."""
     argv = [sys.executable, "-m", "sglang_stream.cli", "router"]
     for name, value in msgspec.structs.asdict(config).items():
-        if name not in ("workers", "secret"):
-            argv += [f"--{name.replace('_', '-')}", str(value)]
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("workers", *IN_ENVIRONMENT) or value is None:
+            continue
+        if isinstance(value, bool):
+            argv += [flag] * value
+        else:
+            argv += [flag, str(value)]
     for address in config.workers:
         argv += [WORKER_FLAGS[address.role or "unified"], address.url]
         if address.bootstrap_port is not None:

@@ -86,8 +86,10 @@ class Channel:
                 self.refuse(peer, call_id, Malformed(f"the message cannot be read: {e}"))
                 continue
             if isinstance(question, m.Hello):
-                self._routers[peer] = now
-                self.answer(peer, call_id, self._greet(question, welcome))
+                greeting = self._greet(question, welcome)
+                if greeting is welcome:
+                    self._routers[peer] = now
+                self.answer(peer, call_id, greeting)
             else:
                 events.append(StreamEvent(peer, call_id, question, now))
         return events

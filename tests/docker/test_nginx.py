@@ -31,9 +31,9 @@ def test_limits_are_those_of_the_routers() -> None:
     ports = {int(port) for port in re.findall(r"server router-\d:(\d+)", text)}
     assert ports == exposed("router")
     [mebibytes] = re.findall(r"client_max_body_size (\d+)m;", text)
-    assert int(mebibytes) << 20 > RouterConfig(worker_url="").max_body_bytes
+    assert int(mebibytes) << 20 > RouterConfig().max_body_bytes
     [read_s] = re.findall(r"proxy_read_timeout (\d+)s;", text)
-    assert int(read_s) >= RouterConfig(worker_url="").max_idle_timeout_s
+    assert int(read_s) >= RouterConfig().max_idle_timeout_s
     assert "proxy_buffering off;" in text, "a slow client's answers would go to nginx's disk"
     assert KEEP_ALIVE_S > 60, "nginx would reuse connections that a router has closed"
 
@@ -116,7 +116,7 @@ def test_calls_go_to_both_and_events_are_not_held_back(tmp_path: Path) -> None:
             b.release.set()
             assert [line for line in lines if line] == ["data: [DONE]"]
         # What a router accepts passes; operators' pages are there for this machine.
-        body = bytes(RouterConfig(worker_url="").max_body_bytes)
+        body = bytes(RouterConfig().max_body_bytes)
         assert http.post(CHUNKS, content=body).json()["bytes"] == len(body)
         assert http.get("/metrics").status_code == 200
 

@@ -48,10 +48,12 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     @contextmanager
     def noted(generation: Generation) -> Iterator[None]:
-        with attached(generation):
-            seen.append("came")
-            yield
-        seen.append("left")
+        try:
+            with attached(generation):
+                seen.append("came")
+                yield
+        finally:
+            seen.append("left")
 
     monkeypatch.setattr(Generation, "attached", noted)
     return seen

@@ -63,7 +63,9 @@ class Script:
             return Usage(chunks=2)
 
         increments = Increments(incremental=True, with_ids=False)
-        generation = Generation("r", 0.0, increments, grace_s, first_token, self.abandoned.set)
+        generation = Generation(
+            "r", 0.0, increments, grace_s, 60.0, first_token, self.abandoned.set
+        )
         generation.start(self._events())
         return generation
 

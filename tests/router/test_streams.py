@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from router.auth import Caller
 from router.schemas import DocumentBody
 from router.streams import Stream, Streams
 from sglang_stream.errors import LimitReached, StreamNotFound
 from sglang_stream.messages import Accepted
 from sglang_stream.prompt import Opening
 
+ANYBODY = Caller(None, b"", None, admin=False)
 _numbers = itertools.count()
 
 
@@ -83,11 +85,11 @@ def test_the_limit_counts_open_streams_only() -> None:
     streams.check_room()
     streams.add(stream())
     assert streams.open_count() == 1
-    assert streams.find(first.id, b"") is first
+    assert streams.find(first.id, ANYBODY) is first
     with pytest.raises(StreamNotFound, match=first.id):
-        streams.find(first.id, b"another")
+        streams.find(first.id, Caller("a", b"another", None, admin=False))
     streams.forget(first)
-    assert streams.find(first.id, b"") is None
+    assert streams.find(first.id, ANYBODY) is None
 
 
 def test_the_copies_are_bounded() -> None:

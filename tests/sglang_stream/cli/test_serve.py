@@ -109,6 +109,24 @@ def test_all_settings_reach_the_router(start: Callable[..., subprocess.Popen[str
         stream_buffer_gb=1.5,
         worker_wait_s=2.5,
         secret="s",
+        api_key_file="keys.txt",
+        admin_api_key="a",
+        share_prefixes=True,
+        max_concurrent_requests=1,
+        queue_size=2,
+        queue_timeout_secs=3.5,
+        request_timeout_secs=4.5,
+        cb_failure_threshold=1,
+        cb_success_threshold=3,
+        cb_timeout_duration_secs=5.5,
+        cb_window_duration_secs=6.5,
+        retry_max_retries=1,
+        retry_initial_backoff_ms=7.5,
+        retry_max_backoff_ms=8.5,
+        retry_backoff_multiplier=9.5,
+        retry_jitter_factor=0.5,
+        log_level="debug",
+        log_json=True,
         max_open_streams=2,
         max_body_bytes=3,
         max_chunk_bytes=4,
@@ -118,6 +136,8 @@ def test_all_settings_reach_the_router(start: Callable[..., subprocess.Popen[str
     )
     defaults = msgspec.structs.asdict(RouterConfig())
     assert all(v != defaults[k] for k, v in msgspec.structs.asdict(config).items())
-    process = start(*router_command(config)[1:], SGLANG_STREAM_SECRET="s")
+    process = start(
+        *router_command(config)[1:], SGLANG_STREAM_SECRET="s", SGLANG_STREAM_ADMIN_KEY="a"
+    )
     out, _ = process.communicate(timeout=60)
     assert msgspec.json.decode(out, type=RouterConfig) == config
