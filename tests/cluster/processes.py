@@ -163,6 +163,15 @@ class ClusterProcesses:
         workers = self.http.get("/workers").json()["workers"]
         return next(w for w in workers if w["url"] == worker.url)
 
+    def flush(self) -> None:
+        """Ends all streams and empties all caches."""
+        for router in self.routers:
+            with httpx.Client(base_url=router.url, timeout=60) as http:
+                for stream in http.get("/v1/streams").json()["data"]:
+                    http.delete(f"/v1/streams/{stream['id']}")
+        answer = self.http.post("/flush_cache?timeout=60")
+        assert answer.status_code == 200, answer.text
+
     def heal(self) -> None:
         """Starts what has been killed, and waits until the routers know."""
         ended = [p for p in (*self.workers, *self.routers) if p.process is None]
