@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.config import JsonDict
 
 from router.errors_http import malformed
 from sglang_stream.errors import Malformed
@@ -14,6 +15,15 @@ from sglang_stream.messages import Mode
 
 Seq = Annotated[int, Field(ge=1, le=2**53)]
 Order = Literal["relevance", "sticky"]
+
+
+def _one_of(*names: str) -> JsonDict:
+    """What a model's JSON Schema says of fields of which `_exactly_one` must be given."""
+    return {
+        "oneOf": [
+            {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in names
+        ]
+    }
 
 
 class Body(BaseModel):
@@ -48,6 +58,8 @@ def text_of(document: str | DocumentBody) -> str:
 class OpenBody(Body):
     """POST /v1/streams."""
 
+    model_config = ConfigDict(json_schema_extra=_one_of("messages", "prompt", "input_ids"))
+
     model: str | None = None
     mode: Mode = "append"
     messages: list[ChatMessage] | None = None
@@ -70,6 +82,8 @@ class OpenBody(Body):
 class ChunksBody(Body):
     """POST /v1/streams/{id}/chunks."""
 
+    model_config = ConfigDict(json_schema_extra=_one_of("chunks", "input_ids"))
+
     seq: Seq
     chunks: Annotated[list[str | DocumentBody], Field(min_length=1)] | None = None
     input_ids: list[int] | None = None
@@ -82,6 +96,8 @@ class ChunksBody(Body):
 
 class ContextBody(Body):
     """PUT /v1/streams/{id}/context."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of("documents", "input_ids"))
 
     seq: Seq
     documents: list[str | DocumentBody] | None = None

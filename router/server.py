@@ -8,16 +8,17 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 
 from router.answers import GenerationAnswer
 from router.errors_http import install_error_handlers, json_response
 from router.metrics import RequestCounter, RouterMetrics
 from router.openai_format import AnswerFormat
+from router.openapi import describe
 from router.proxy import ForwardedAnswer, read_body
 from router.schemas import B, ChunksBody, ContextBody, GenerateBody, OpenBody, parse
 from router.service import StreamService
@@ -134,8 +135,10 @@ class RouterHandlers:
             worker |= {"healthy": False, "reason": e.message}
         return json_response({"workers": [worker], "total": 1})
 
-    async def flush_cache(self, request: Request) -> Response:
-        """Empties the prefix cache of every worker."""
+    async def flush_cache(
+        self, request: Request, timeout: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0
+    ) -> Response:
+        """Empties the prefix cache of every worker, whose option `timeout` (seconds) is."""
         worker = self._service.worker
         failure = await worker.flush_cache(request.url.query)
         flushed = {"url": worker.url, "flushed": failure is None, "reason": failure}
@@ -174,9 +177,10 @@ def create_app(config: RouterConfig) -> FastAPI:
                 with suppress(asyncio.CancelledError):
                     await running
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, redoc_url=None)
     install_error_handlers(app)
     RouterHandlers(config, service, http, metrics).add_to(app)
+    describe(app)
     app.add_middleware(RequestCounter, metrics=metrics)
     return app
 
