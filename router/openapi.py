@@ -25,7 +25,12 @@ TEXT = "text/plain"
 
 Schema = Mapping[str, Any]
 
-EVENTS: Schema = {"type": "string", "description": "Server-sent events, the last `data: [DONE]`."}
+EVENTS: Schema = {
+    "description": "Each server-sent event; the last has the data `[DONE]`.",
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 
 _NAME = str.maketrans({"/": "_", "{": None, "}": None})
 
