@@ -44,7 +44,7 @@ class Call:
 
     `status`: of the answer to a call that succeeds. `answer`: its content, a schema by media type.
     `refusals`: the statuses of the errors it may meet, besides those any call may. `body`: one of
-    our models or a schema. `failure`: the schema of its 503 where that tells more than the error.
+    our models or a schema. `errors`: the schemas, by status, of errors that have one of their own.
     """
 
     summary: str
@@ -53,7 +53,7 @@ class Call:
     refusals: tuple[int, ...] = ()
     body: type[Body] | Schema | None = None
     query: Mapping[str, Schema] = field(default_factory=dict)
-    failure: Schema | None = None
+    errors: Mapping[int, Schema] = field(default_factory=dict)
 
 
 _FLUSH = Call(
@@ -61,9 +61,10 @@ _FLUSH = Call(
     {JSON: ref("Flushed")},
     refusals=(422, 503),
     query={"timeout": {"type": "number", "minimum": 0}},
-    failure=ref("NotFlushed"),
+    errors={503: ref("NotFlushed")},
 )
 _FORWARDED = (400, 404, 413, 422, 429, 503)
+_OF_A_WORKER = dict.fromkeys(_FORWARDED, ref("WorkerError"))
 
 CALLS: Mapping[tuple[str, str], Call] = {
     ("POST", "/v1/streams"): Call(
@@ -105,18 +106,23 @@ CALLS: Mapping[tuple[str, str], Call] = {
         {JSON: {"type": "object"}, SSE: EVENTS},
         refusals=_FORWARDED,
         body=ref("ChatCompletionRequest"),
+        errors=_OF_A_WORKER,
     ),
     ("POST", "/v1/completions"): Call(
         "An ordinary completion of a text or of token ids, by a worker.",
         {JSON: {"type": "object"}, SSE: EVENTS},
         refusals=_FORWARDED,
         body=ref("CompletionRequest"),
+        errors=_OF_A_WORKER,
     ),
     ("GET", "/v1/models"): Call(
-        "The models that are served.", {JSON: ref("ModelList")}, refusals=(413, 503)
+        "The models that are served.",
+        {JSON: ref("ModelList")},
+        refusals=(413, 503),
+        errors=_OF_A_WORKER,
     ),
     ("GET", "/v1/models/{model}"): Call(
-        "One model.", {JSON: ref("Model")}, refusals=(404, 413, 503)
+        "One model.", {JSON: ref("Model")}, refusals=(404, 413, 503), errors=_OF_A_WORKER
     ),
     ("GET", "/health"): Call("Whether the router runs.", {}),
     ("GET", "/readiness"): Call(
@@ -186,9 +192,9 @@ def _operation(method: str, path: str, call: Call) -> dict[str, Any]:
         answer["content"] = {media: {"schema": schema} for media, schema in call.answer.items()}
     responses: dict[str, Any] = {str(call.status): answer}
     for status in (*call.refusals, *_ANYWHERE):
-        responses[str(status)] = {"$ref": f"#/components/responses/E{status}"}
-    if call.failure is not None:
-        responses["503"] = _refusal(503, call.failure)
+        own = call.errors.get(status)
+        shared = {"$ref": f"#/components/responses/E{status}"}
+        responses[str(status)] = _refusal(status, own) if own else shared
     operation: dict[str, Any] = {
         "operationId": f"{method.lower()}{path.translate(_NAME)}",
         "summary": call.summary,

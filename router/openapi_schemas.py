@@ -71,6 +71,12 @@ COMPONENTS: Mapping[str, Any] = {
             retry_after={"type": "integer", "minimum": 1},
         )
     ),
+    # A worker of SGLang's repeats the status as the code.
+    "WorkerError": _object(
+        error=_object(
+            message=_TEXT, type=_TEXT, code={"type": ["string", "integer", "null"]}, param={}
+        )
+    ),
     "Stream": _object(
         id=_TEXT,
         object={"const": "stream"},
