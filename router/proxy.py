@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.answers import while_connected
 from router.errors_http import error_response
-from sglang_stream.errors import BodyTooLarge, WorkerUnavailable
+from sglang_stream.errors import BodyTooLarge, ModelNotFound, WorkerUnavailable
 
 # Of one connection only (RFC 9110, 7.6.1), or written anew by the client or the server here.
 _NOT_PASSED = frozenset(
@@ -56,10 +56,9 @@ class ForwardedAnswer(Response):
         super().__init__()
         self._http = http
         self._worker_url = worker_url
-        query = f"?{request.url.query}" if request.url.query else ""
         self._call = http.build_request(
             request.method,
-            f"{worker_url}{request.url.path}{query}",
+            forwarded_url(worker_url, request),
             headers=[(k, v) for k, v in request.headers.items() if _passed(k)],
             content=body,
         )
@@ -82,6 +81,24 @@ class ForwardedAnswer(Response):
                 await answer.aclose()
 
         await while_connected(receive, work)
+
+
+def forwarded_url(worker_url: str, request: Request) -> httpx.URL:
+    """The URL of a call at the worker: path and query as the client wrote them.
+
+    Raises ModelNotFound for a path with `..` or with characters that belong encoded: the worker
+    would be asked for another one. Only a model's name can have them, other paths are fixed.
+    """
+    target: bytes = request.scope["raw_path"]
+    if request.url.query:
+        target += b"?" + request.scope["query_string"]
+    try:
+        url = httpx.URL(worker_url).copy_with(raw_path=target)
+    except (httpx.InvalidURL, UnicodeDecodeError):
+        url = None
+    if url is None or url.raw_path != target:
+        raise ModelNotFound("no model has this name: GET /v1/models lists those there are")
+    return url
 
 
 async def _pass_on(answer: httpx.Response, send: Send) -> None:
