@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -38,7 +40,11 @@ def error_response(error: StreamError) -> Response:
 
 def malformed(error: ValidationError) -> Malformed:
     """The first thing wrong with a body, and the field it is in."""
-    first, *others = error.errors(include_url=False, include_input=False, include_context=False)
+    return _first_of(error.errors(include_url=False, include_input=False, include_context=False))
+
+
+def _first_of(errors: Sequence[Any]) -> Malformed:
+    first, *others = errors
     param = ".".join(str(part) for part in first["loc"]) or None
     text = f"{param}: {first['msg']}" if param else first["msg"]
     if others:
@@ -63,6 +69,10 @@ def install_error_handlers(app: FastAPI) -> None:
         }
         return json_response({"error": fields}, error.status_code, dict(error.headers or {}))
 
+    async def bad_parameter(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_first_of(error.errors()))
+
     async def client_gone(_: Request, error: Exception) -> Response:
         return error_response(Malformed("the body ended early"))
 
@@ -71,5 +81,6 @@ def install_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(StreamError, stream_error)
     app.add_exception_handler(HTTPException, framework_error)
+    app.add_exception_handler(RequestValidationError, bad_parameter)
     app.add_exception_handler(ClientDisconnect, client_gone)
     app.add_exception_handler(Exception, unforeseen)

@@ -58,7 +58,11 @@ class PromptBuilder:
         return self._given(input_ids)
 
     async def tail(self, opening: Opening, body: GenerateBody) -> array[int]:
-        """What follows the context: the question and what the chat template puts after it."""
+        """What follows the context: the question and what the chat template puts after it.
+
+        Checks `stop_token_ids` too: one outside the vocabulary may end the worker.
+        """
+        token_array(body.stop_token_ids or [], self._vocab_size, "stop_token_ids")
         size = len(body.question or "")
         tail = await _computed(size, self._assembler.tail, opening, body.question)
         return tail if body.input_ids is None else self._given(body.input_ids) + tail

@@ -22,7 +22,13 @@ from router.backoff import RetryBudget, RetryPolicy
 from router.errors_http import error_response
 from router.legs import ROOMS
 from router.worker import Worker
-from sglang_stream.errors import BodyTooLarge, StreamError, WorkerUnavailable, from_fields
+from sglang_stream.errors import (
+    BodyTooLarge,
+    ModelNotFound,
+    StreamError,
+    WorkerUnavailable,
+    from_fields,
+)
 
 # Of one connection only (RFC 9110, 7.6.1), or written anew by the client or the server here.
 _NOT_PASSED = frozenset(
@@ -156,10 +162,9 @@ class ForwardedAnswer(Response):
 
     async def _send(self, worker: Worker, body: bytes, *, stream: bool) -> httpx.Response:
         request = self._request
-        query = f"?{request.url.query}" if request.url.query else ""
         call = self._http.build_request(
             request.method,
-            f"{worker.url}{request.url.path}{query}",
+            forwarded_url(worker.url, request),
             headers=[(k, v) for k, v in request.headers.items() if _passed(k)],
             content=body,
         )
@@ -228,6 +233,24 @@ def _at_most(timeout_s: float) -> Iterator[None]:
 async def _ended(task: asyncio.Task[Any]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+def forwarded_url(worker_url: str, request: Request) -> httpx.URL:
+    """The URL of a call at the worker: path and query as the client wrote them.
+
+    Raises ModelNotFound for a path with `..` or with characters that belong encoded: the worker
+    would be asked for another one. Only a model's name can have them, other paths are fixed.
+    """
+    target: bytes = request.scope["raw_path"]
+    if request.url.query:
+        target += b"?" + request.scope["query_string"]
+    try:
+        url = httpx.URL(worker_url).copy_with(raw_path=target)
+    except (httpx.InvalidURL, UnicodeDecodeError):
+        url = None
+    if url is None or url.raw_path != target:
+        raise ModelNotFound("no model has this name: GET /v1/models lists those there are")
+    return url
 
 
 async def _pass_on(answer: httpx.Response, send: Send) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from router.errors_http import malformed
 from sglang_stream.errors import Malformed
@@ -14,6 +16,18 @@ from sglang_stream.messages import Mode, Role
 
 Seq = Annotated[int, Field(ge=1, le=2**53)]
 Order = Literal["relevance", "sticky"]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+_INT32_MAX = 2**31 - 1
+
+
+def _one_of(*names: str) -> JsonDict:
+    """What a model's JSON Schema says of fields of which `_exactly_one` must be given."""
+    return {
+        "oneOf": [
+            {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in names
+        ]
+    }
 
 
 class Body(BaseModel):
@@ -48,6 +62,8 @@ def text_of(document: str | DocumentBody) -> str:
 class OpenBody(Body):
     """POST /v1/streams."""
 
+    model_config = ConfigDict(json_schema_extra=_one_of("messages", "prompt", "input_ids"))
+
     model: str | None = None
     mode: Mode = "append"
     messages: list[ChatMessage] | None = None
@@ -70,6 +86,8 @@ class OpenBody(Body):
 class ChunksBody(Body):
     """POST /v1/streams/{id}/chunks."""
 
+    model_config = ConfigDict(json_schema_extra=_one_of("chunks", "input_ids"))
+
     seq: Seq
     chunks: Annotated[list[str | DocumentBody], Field(min_length=1)] | None = None
     input_ids: list[int] | None = None
@@ -82,6 +100,8 @@ class ChunksBody(Body):
 
 class ContextBody(Body):
     """PUT /v1/streams/{id}/context."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of("documents", "input_ids"))
 
     seq: Seq
     documents: list[str | DocumentBody] | None = None
@@ -120,7 +140,8 @@ class ResponseFormat(Body):
 class GenerateBody(Body):
     """POST /v1/streams/{id}/generate; the sampling fields are those of SGLang's OpenAI server.
 
-    A field of OpenAI's that is not here is refused rather than ignored.
+    A field of OpenAI's that is not here is refused rather than ignored. So is a number that
+    SGLang's tensors cannot hold, or that makes its logits infinite: it would end the worker.
     """
 
     question: str | None = None
@@ -134,16 +155,16 @@ class GenerateBody(Body):
     n: Literal[1] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_INT32_MAX)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=2)] | None = None
+    logit_bias: dict[TokenKey, Bias] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     stop_regex: str | list[str] | None = None
@@ -170,6 +191,16 @@ class GenerateBody(Body):
             raise ValueError("give one of 'regex', 'ebnf', 'json_schema' and 'response_format'")
         return self
 
+    @field_validator("stop_regex")
+    @classmethod
+    def _compiles(cls, stop_regex: str | list[str] | None) -> str | list[str] | None:
+        for pattern in [stop_regex] if isinstance(stop_regex, str) else stop_regex or ():
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as e:
+                raise ValueError(f"no regular expression: {e}") from None
+        return stop_regex
+
     @property
     def limit(self) -> int | None:
         """The most tokens to generate; None: as many as the context takes."""
@@ -195,11 +226,13 @@ def parse(model: type[B], body: bytes) -> B:
         raise malformed(e) from None
 
 
-def token_array(input_ids: list[int], vocab_size: int) -> array[int]:
-    """The ids as an int32 array. Raises Malformed for one that the model does not have."""
-    param = "input_ids"
+def token_array(ids: list[int], vocab_size: int, param: str = "input_ids") -> array[int]:
+    """The ids, of the field `param`, as an int32 array.
+
+    Raises Malformed for one that the model does not have.
+    """
     try:
-        tokens = array("i", input_ids)
+        tokens = array("i", ids)
     except OverflowError:
         raise Malformed(f"{param}: a token id is no 32-bit number", param=param) from None
     if tokens:

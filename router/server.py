@@ -9,10 +9,11 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import Annotated
 
 import httpx
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 
 from router.admission import Admission
 from router.answers import AdmittedAnswer, GenerationAnswer
@@ -23,6 +24,7 @@ from router.generation import Generation
 from router.logs import configure, log_context
 from router.metrics import RequestCounter, RouterMetrics
 from router.openai_format import AnswerFormat
+from router.openapi import describe
 from router.proxy import ForwardedAnswer, Route, read_body
 from router.schemas import (
     B,
@@ -186,8 +188,10 @@ class RouterHandlers:
         worker = await self._service.cluster.remove(worker_id)
         return json_response({"id": worker_id, "url": worker.url, "removed": True})
 
-    async def flush_cache(self, request: Request) -> Response:
-        """Empties the prefix cache of every worker."""
+    async def flush_cache(
+        self, request: Request, timeout: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0
+    ) -> Response:
+        """Empties the prefix cache of every worker, whose option `timeout` (seconds) is."""
         self._caller(request).require_admin()
         workers = list(self._service.cluster.workers.values())
         failures = await asyncio.gather(*(w.flush_cache(request.url.query) for w in workers))
@@ -270,9 +274,10 @@ def create_app(config: RouterConfig) -> FastAPI:
                 with suppress(asyncio.CancelledError):
                     await running
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, redoc_url=None)
     install_error_handlers(app)
     RouterHandlers(config, service, http, metrics).add_to(app)
+    describe(app)
     app.add_middleware(RequestCounter, metrics=metrics)
     return app
 

@@ -115,6 +115,7 @@ class FakeWorker:
         app.add_api_route("/model_info", lambda: {}, methods=["GET"])
         app.add_api_route("/server_info", self._server_info, methods=["GET"])
         app.add_api_route("/v1/models", self._models, methods=["GET"])
+        app.add_api_route("/v1/models/{model:path}", _target, methods=["GET"])
         app.add_api_route("/flush_cache", self._flush, methods=["POST"])
         app.add_api_route("/generate", self._generate, methods=["POST"])
         app.add_api_route("/v1/chat/completions", self._forwarded, methods=["POST"])
@@ -292,6 +293,11 @@ class FakeWorker:
         gate = self.gates.get(step)
         while gate is not None and not gate.is_set():  # noqa: ASYNC110 (set by another thread)
             await asyncio.sleep(0.002)
+
+
+async def _target(request: Request) -> dict[str, str]:
+    """What was asked for, as it was written."""
+    return {"path": request.scope["raw_path"].decode(), "query": request.url.query}
 
 
 def _sse(content: dict[str, Any]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 
 import httpx
@@ -40,6 +41,25 @@ def test_other_errors_of_the_worker_come_back_as_they_are(client: httpx.Client, 
 def test_models(client: httpx.Client) -> None:
     models = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none").models.list()
     assert [model.id for model in models] == ["tiny"]
+
+
+@pytest.mark.parametrize("name", ["a%12b", "a/b", "a%20b", "%C3%A9", "a%2Fb", "a%3Fb", "a%25b"])
+def test_the_name_of_a_model_arrives_as_it_was_written(
+    client: httpx.Client, worker: FakeWorker, name: str
+) -> None:
+    answer = httpx.get(f"{client.base_url}/v1/models/{name}?x=%12")
+    assert answer.json() == {"path": f"/v1/models/{name}", "query": "x=%12"}
+
+
+@pytest.mark.parametrize("path", ["../../server_info", "./a", 'a"b'])
+def test_no_other_path_of_a_worker_can_be_reached(client: httpx.Client, path: str) -> None:
+    """With `..`, which the call to the worker would resolve."""
+    address = (client.base_url.host, client.base_url.port)
+    with socket.create_connection(address) as raw:
+        raw.sendall(f"GET /v1/models/{path} HTTP/1.0\r\nHost: a\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: raw.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 404 "), answer
+    assert b"model_not_found" in answer
 
 
 def test_events_are_not_held_back(client: httpx.Client, worker: FakeWorker) -> None:
