@@ -1,6 +1,7 @@
 """The life of one stream, without I/O, tokens or a clock.
 
     open --append|update--> open --seal--> sealed --finish--> finished
+      ^-----------------------reopen---------|
       \\----------abort---------+------------abort-----------> aborted
 
 Rules of sequence numbers, which start at 1:
@@ -26,13 +27,14 @@ from sglang_stream.errors import (
 )
 from sglang_stream.messages import Mode, State
 
-EventName = Literal["append", "update", "seal", "finish", "abort"]
+EventName = Literal["append", "update", "seal", "reopen", "finish", "abort"]
 
 _NEXT_STATE: dict[tuple[State, EventName], State] = {
     ("open", "append"): "open",
     ("open", "update"): "open",
     ("open", "seal"): "sealed",
     ("open", "abort"): "aborted",
+    ("sealed", "reopen"): "open",
     ("sealed", "finish"): "finished",
     ("sealed", "abort"): "aborted",
 }
@@ -113,6 +115,10 @@ class Session:
 
     def seal(self) -> None:
         self.state = self._require("seal")
+
+    def reopen(self) -> None:
+        """Takes back a seal whose generation was refused before it began."""
+        self.state = self._require("reopen")
 
     def finish(self) -> None:
         self.state = self._require("finish")

@@ -14,10 +14,11 @@ from __future__ import annotations
 import hmac
 import os
 import time
+from http import HTTPStatus
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
-from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 
 from sglang_stream import messages as m
 from sglang_stream.config import EngineConfig
@@ -148,6 +149,7 @@ class StreamEngine:
             case m.Abort():
                 return self._abort(self.table.get(event.stream_id))
             case m.Query():
+                self.settle()  # a refusal that the sender has seen must show
                 return self.table.status(event.stream_id)
             case m.Fetch():
                 return self.table.copy(self.table.get(event.stream_id), event.since)
@@ -178,6 +180,7 @@ class StreamEngine:
         if stream.session.state == "open":
             self.table.drop(stream)
         else:
+            stream.aborted = True
             self._scheduler.abort_request(AbortReq(rid=stream.rid))
             self.settle()
         return accepted
@@ -238,7 +241,10 @@ class StreamEngine:
                     self.table.release(stream)
                     continue
             self._sealed_at.pop(stream.rid or "", None)
-            self.table.finish(stream)
+            if request is not None and _was_refused(request) and not stream.aborted:
+                self.table.reopen(stream)
+            else:
+                self.table.finish(stream)
         self._measure()
 
     # --- schedule -----------------------------------------------------------------------------
@@ -455,3 +461,9 @@ class StreamEngine:
     def _measure(self) -> None:
         self._metrics.open.set(self.table.open_count)
         self._metrics.held.set(self.table.held_tokens)
+
+
+def _was_refused(request: Req) -> bool:
+    """Whether SGLang found fault with the request itself, such as a grammar that is none."""
+    reason = request.finished_reason
+    return isinstance(reason, FINISH_ABORT) and reason.status_code == HTTPStatus.BAD_REQUEST

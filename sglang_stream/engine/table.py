@@ -59,7 +59,7 @@ class Stream:
     """One stream. `epoch`, `owner`, `namespace`, `memo`: see `messages.Open`; `ends`: the prompt's
     length after each chunk of an append stream, after the latest update of another. `in_flight`:
     a pass of it is in the forward now; `preempted`: its KV was taken and no event came since;
-    `rid`, `request`: SGLang's request once it is sealed."""
+    `rid`, `request`: SGLang's request once it is sealed; `aborted`: that request was told to end."""
 
     session: Session
     arrival: int
@@ -77,6 +77,7 @@ class Stream:
     preempted: bool = False
     rid: str | None = None
     request: Any = None
+    aborted: bool = False
     usage: Usage = field(default_factory=Usage)
 
     @property
@@ -238,6 +239,14 @@ class StreamTable:
         stream.usage.ready_tokens = stream.held
         self.open_count -= 1
         return stream.tokens
+
+    def reopen(self, stream: Stream) -> None:
+        """Takes back a seal whose request was refused, as if it had never come."""
+        stream.session.reopen()
+        stream.rid = stream.request = None
+        stream.usage.ready_tokens = 0
+        self.open_count += 1
+        self.hold_cached(stream)
 
     def finish(self, stream: Stream) -> None:
         """Ends a sealed stream whose generation is over; its state can be asked for a while."""

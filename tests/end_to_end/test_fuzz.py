@@ -47,9 +47,6 @@ MOST_FAILURES = 5
 """Told of in one run."""
 
 LIMITS = ("max_tokens", "max_completion_tokens")
-GRAMMARS = ("regex", "ebnf", "json_schema", "response_format")
-"""Left out: SGLang compiles a grammar after the seal, so one that is refused ends its stream, and
-what it does with one that compiles needs a GPU."""
 
 MODES = [GenerationMode.POSITIVE, GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
 
@@ -194,10 +191,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _short(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The body with a limit of few tokens and no grammar, where it is one of a generation."""
+    """The body with a limit of few tokens, where it is one of a generation."""
     if not path.endswith(("/generate", "/completions")):
         return body
-    body = {name: value for name, value in body.items() if name not in GRAMMARS}
+    body = dict(body)
     for name in LIMITS:
         if _is_number(body.get(name)) and body[name] > MOST_TOKENS:
             body[name] = MOST_TOKENS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -399,3 +400,20 @@ def test_counters_are_on_the_metrics_page(worker: Worker) -> None:
     worker.seal(stream, [], last_seq=1)
     assert _metric(worker, "sglang_stream_ttft_seconds_sum") > 0
     assert time.monotonic() > started
+
+
+def test_a_grammar_is_followed(worker: Worker) -> None:
+    stream = worker.open("append", tokens("grammar", 200))
+    answer = worker.seal(stream, [], 8, None, regex="[abc]{3}", ignore_eos=False)
+    assert re.fullmatch("[abc]{3}", answer.text)
+
+
+def test_a_grammar_that_is_none_leaves_the_stream_open(worker: Worker) -> None:
+    prompt = tokens("no grammar", 200)
+    stream = worker.open("append")
+    worker.append(stream, 1, prompt)
+    refused = worker.generate(worker.body(stream, [5], 8, 1, regex="("))
+    assert refused.meta["finish_reason"]["status_code"] == 400
+    assert worker.status(stream).state == "open"
+    worker.append(stream, 2, [7])
+    assert worker.seal(stream, [5], 8, 2).tokens == worker.cold([*prompt, 7, 5], 8).tokens

@@ -13,13 +13,12 @@ from fastapi import FastAPI
 from router.openapi import CALLS, document, routes
 from router.schemas import ChunksBody, ContextBody, GenerateBody, OpenBody
 from router.server import create_app
-from sglang_stream.config import RouterConfig
-from tests.router.conftest import error_of
+from tests.router.conftest import error_of, router_config
 
 
 @pytest.fixture(scope="module")
 def app() -> FastAPI:
-    return create_app(RouterConfig("http://127.0.0.1:1"))
+    return create_app(router_config("http://127.0.0.1:1"))
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.attention_backend = "torch_native"
         server_args.sampling_backend = "pytorch"
         server_args.disable_custom_all_reduce = True
+        if server_args.grammar_backend in (None, "xgrammar"):
+            server_args.grammar_backend = "llguidance"  # the other pins memory of a device
         # A scheduler that polls while idle would take a core from the other processes.
         server_args.sleep_on_idle = True
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
