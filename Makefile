@@ -12,10 +12,10 @@ COMMAND := $(BIN)/sglang-stream
 FLAGS := $(if $(MODEL),--model-path $(MODEL)) $(ARGS)
 
 # Debian package = a file it brings, as the linker knows it. The first three are for moving KV
-# between machines, the others for SGLang's kernels and their compilation.
+# between machines, the others for SGLang's kernels and their compilation, and nginx for the tests.
 LIBRARIES := libibverbs1=libibverbs.so.1 librdmacm1=librdmacm.so.1 liburing2=liburing.so.2 \
              libnuma1=libnuma.so.1
-PROGRAMS := numactl=numactl g++=c++
+PROGRAMS := numactl=numactl g++=c++ nginx=nginx
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo bench test test-long check
@@ -69,7 +69,7 @@ $(PYTHON) -c 'import os, sysconfig as s; open(os.path.join(s.get_path("include")
 $(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 if [ -z "$$missing" ]; then :; \
 elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-  echo "Installing system packages:$$missing"; export DEBIAN_FRONTEND=noninteractive; \
+  echo "Installing system packages:$$missing"; export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
   apt-get update -qq; \
   for package in $$missing; do \
     apt-get install -qq -y --no-install-recommends $$package >/dev/null || \

@@ -43,6 +43,8 @@ from sglang_stream.errors import (
     LimitReached,
     Malformed,
     ModelNotFound,
+    SequenceConflict,
+    SequenceGap,
     StreamError,
     StreamMoved,
     StreamNotFound,
@@ -242,8 +244,8 @@ class StreamService:
                     param="max_tokens",
                 )
             worker = await self._moves.ensure(stream)
-            if stream.context() is None:
-                await self._moves.sync(stream)
+            if stream.context() is None or body.last_seq not in (None, stream.known_seq):
+                await self._moves.sync(stream)  # another router may have sent some
             incremental = worker.info.incremental
             generation = Generation(
                 body.request_id,
@@ -265,16 +267,17 @@ class StreamService:
     ) -> AsyncIterator[WorkerEvent]:
         """The workers' events, over as many attempts as it takes, and what they mean for the
         stream."""
-        now = params
-        seal = SealCall(stream.id, last_seq, (stream.tail or array("i")).tolist())
+        now, failed = params, False
         for attempt in itertools.count():
             try:
-                if attempt and stream.state != "open":
+                if failed and stream.state != "open":
                     now = generation.increments.resume(params)
                     await self._moves.reopen(stream, self._whole(stream, generation))
                     seal = SealCall(stream.id)  # the tail has gone with the prompt
-                elif attempt:
-                    await self._moves.again(stream)
+                else:
+                    if failed:
+                        await self._moves.again(stream)
+                    seal = self._seal(stream, last_seq)
                 events = self._attempt(stream, generation, now, seal)
                 async with aclosing(events):  # type: ignore[type-var]
                     async for event in events:
@@ -289,11 +292,25 @@ class StreamService:
                 if attempt == self.retries.max_retries or not self._may_try_again(e):
                     await self._after_failure(stream)
                     raise
+                failed = True
                 logger.warning("stream %s: %s; trying again", stream.id, e.message)
                 await asyncio.sleep(self.retries.delay_s(attempt + 1, random.random))
+            except (SequenceGap, SequenceConflict):
+                if last_seq is not None or attempt == self.retries.max_retries:
+                    await self._after_failure(stream)
+                    raise
+                failed = False
+                await self._moves.sync(stream)
             except StreamError:
                 await self._after_failure(stream)
                 raise
+
+    @staticmethod
+    def _seal(stream: Stream, last_seq: int | None) -> SealCall:
+        """The seal of just the tokens that are known here, which a decode worker is told of."""
+        assert stream.tail is not None
+        last_seq = stream.known_seq if last_seq is None else last_seq
+        return SealCall(stream.id, last_seq, stream.tail.tolist())
 
     async def _attempt(
         self, stream: Stream, generation: Generation, params: dict[str, Any], seal: SealCall

@@ -59,7 +59,7 @@ class Stream:
     """One stream. `epoch`, `owner`, `namespace`, `memo`: see `messages.Open`; `ends`: the prompt's
     length after each chunk of an append stream, after the latest update of another. `in_flight`:
     a pass of it is in the forward now; `preempted`: its KV was taken and no event came since;
-    `rid`, `request`: SGLang's request once it is sealed; `aborted`: that request was told to end."""
+    `rid`, `request`: SGLang's request once it is sealed; `aborted`: it was told to end."""
 
     session: Session
     arrival: int

@@ -63,6 +63,9 @@ class Process:
         self.process.wait()
         self.process = None
 
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120)
+
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
