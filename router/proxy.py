@@ -24,6 +24,7 @@ from router.legs import ROOMS
 from router.worker import Worker
 from sglang_stream.errors import (
     BodyTooLarge,
+    Malformed,
     ModelNotFound,
     StreamError,
     WorkerUnavailable,
@@ -179,19 +180,24 @@ class ForwardedAnswer(Response):
                 ) from e
 
 
+def check_object(body: bytes) -> None:
+    """Raises Malformed unless the body is a JSON object; for others SGLang answers 500."""
+    try:
+        msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except msgspec.DecodeError as e:
+        raise Malformed(f"the body must be a JSON object: {e}") from None
+
+
 def addressed(body: bytes, route: Route, namespace: str | None) -> bytes:
     """The body of an ordinary call with where and under which room number its KV is handed over,
     and with the caller's namespace.
 
     A call with several prompts is several requests with a room each, as SGLang's own gateway does
-    it. What cannot be read is left to the worker's error.
+    it.
     """
     if route.prefill is None and namespace is None:
         return body
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, Any])
-    except msgspec.DecodeError:
-        return body
+    fields = msgspec.json.decode(body, type=dict[str, Any])
     if namespace is not None:
         # At the end, where no salt of a client's can imitate another caller's.
         given = fields.get("extra_key")

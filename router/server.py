@@ -25,7 +25,7 @@ from router.logs import configure, log_context
 from router.metrics import RequestCounter, RouterMetrics
 from router.openai_format import AnswerFormat
 from router.openapi import describe
-from router.proxy import ForwardedAnswer, Route, read_body
+from router.proxy import ForwardedAnswer, Route, check_object, read_body
 from router.schemas import (
     B,
     ChunksBody,
@@ -139,6 +139,8 @@ class RouterHandlers:
     async def forward(self, request: Request) -> Response:
         caller = self._caller(request)
         body = await read_body(request, self._config.max_body_bytes)
+        if request.method == "POST":
+            check_object(body)
         service = self._service
 
         async def place() -> Route:
