@@ -114,7 +114,7 @@ class Stream:
         self.worker, self.epoch = worker, copy.epoch
         self.state, self.usage = copy.status.state, copy.status.usage
         self.seq, self.tokens = copy.status.seq, copy.status.tokens
-        if self.mode == "update" and copy.chunks:
+        if self.mode == "update" and copy.chunks and self.known_seq <= copy.status.seq:
             self.chunks = {}
         for seq, raw in copy.chunks:
             self.chunks[seq] = array("i")
@@ -172,7 +172,7 @@ class Stream:
         ids = array("i", self.opening.tokens)
         for seq in sorted(self.chunks):
             ids.extend(self.chunks[seq])
-        return ids if len(ids) == self.tokens else None
+        return ids if len(ids) == self.tokens and self.known_seq >= self.seq else None
 
     def prompt(self) -> list[int] | None:
         """All ids of a sealed stream's prompt; None if some are not known of here."""
