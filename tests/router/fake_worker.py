@@ -324,7 +324,8 @@ class FakeWorker:
         said = ""
         script, all_ids = self.script, list(range(100, 100 + len(self.script)))
         if self.spoken is not None:
-            all_ids = greedy(prompt, params["max_new_tokens"] or self.spoken)
+            count = params["max_new_tokens"] or self.spoken
+            all_ids = greedy(prompt, 1 if self.role == "prefill" else count)
             script = [text_of(all_ids[: i + 1]) for i in range(len(all_ids))]
         for i, text in enumerate(script):
             await self._pass(i)
