@@ -1,7 +1,8 @@
 """From a worker's events to pieces of an answer, over several attempts: pure.
 
 An attempt that fails after tokens were delivered is followed by one that continues from them, on
-another worker. It continues from a *clean point*: a number of tokens whose text is complete.
+another worker. It continues from a *clean point*: a number of tokens whose text is complete. A
+worker keeps half a character to itself, so that only the tokens tell whether there is one.
 
     delivered text   |------------ shown ------------|
     clean points     ^        ^         ^       ^
@@ -14,7 +15,7 @@ Saying tokens again is right only if they come out the same: for greedy sampling
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,20 +82,24 @@ class Increments:
             self._clean.append(_CleanPoint(tokens, self._text))
         return Piece(new, self._new_ids(event))
 
-    def resume(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def resume(
+        self, params: Mapping[str, Any], is_whole: Callable[[list[int]], bool]
+    ) -> dict[str, Any]:
         """Goes back to a clean point; the sampling parameters of the attempt that continues there.
 
-        `params`: those of the whole generation. Raises EngineFailure where the sampling does not
+        `params`: those of the whole generation. `is_whole`: whether a text of these ids ends with
+        a whole character. Raises EngineFailure where the sampling does not
         allow to go on as if nothing had happened.
         """
-        point = self._point_for(params)
+        ids = self._all_ids()
+        point = self._point_for(params, lambda tokens: is_whole(ids[:tokens]))
         again = point.text < self._shown or (self._with_ids and point.tokens < self._delivered_ids)
         if again and not _greedy(params):
             raise EngineFailure(
                 "the worker was lost during the answer, and with this sampling it cannot be "
                 "continued elsewhere: ask again"
             )
-        self.kept = self._all_ids()[: point.tokens]
+        self.kept = ids[: point.tokens]
         self._ids, self._last_ids = [], msgspec.Raw(b"[]")
         self._said, self._held, self._text = 0, "", point.text
         self._clean = deque([point], maxlen=_CLEAN_POINTS)
@@ -104,7 +109,7 @@ class Increments:
                 continued[name] = max(0, params[name] - len(self.kept))
         return continued
 
-    def _point_for(self, params: Mapping[str, Any]) -> _CleanPoint:
+    def _point_for(self, params: Mapping[str, Any], is_whole: Callable[[int], bool]) -> _CleanPoint:
         if any(params.get(name) for name in _GRAMMARS) or any(
             params.get(name, neutral) != neutral
             for name, neutral in zip(_COUNTED, (0, 0, 1), strict=True)
@@ -117,7 +122,9 @@ class Increments:
         limit = params.get("max_new_tokens")
         for point in reversed(self._clean):
             # A stop text may have begun before the clean point, and one token must be left.
-            if point.text <= self._shown - longest and (limit is None or point.tokens < limit):
+            if point.text > self._shown - longest or (limit is not None and point.tokens >= limit):
+                continue
+            if is_whole(point.tokens):
                 return point
         return _CleanPoint(0, 0)
 

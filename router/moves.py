@@ -21,9 +21,17 @@ from router.identity import StreamIds, worker_tag
 from router.metrics import RouterMetrics
 from router.streams import Stream, Streams, unknown
 from router.worker import Worker
-from sglang_stream.errors import LimitReached, StreamError, StreamMoved, WorkerUnavailable
+from sglang_stream.errors import (
+    LimitReached,
+    SequenceConflict,
+    StreamError,
+    StreamMoved,
+    StreamNotFound,
+    WorkerUnavailable,
+)
 from sglang_stream.messages import (
     Abort,
+    Accepted,
     Append,
     Copy,
     Fetch,
@@ -72,11 +80,11 @@ class Moves:
         Raises StreamNotFound if not all of its tokens are known here, WorkerUnavailable.
         """
         async with stream.moving:
-            if stream.worker is not None:
+            if stream.worker is not None and stream.worker.ready:
                 return stream.worker
             found = await self._fetch(stream.id, stream.owner, since=stream.known_seq)
             if found is not None and found[0].epoch > stream.epoch:
-                stream.take_copy(*found)
+                await self._follow(stream, *found)
                 return found[1]
             return await self._replay(stream, "worker_lost")
 
@@ -86,16 +94,33 @@ class Moves:
             found = await self._fetch(stream.id, stream.owner, since=stream.known_seq)
             if found is None or found[0].epoch < stream.epoch:
                 raise unknown(stream.id)
-            stream.take_copy(*found)
+            await self._follow(stream, *found)
+
+    async def fill(self, stream: Stream, expected_seq: int | None) -> bool:
+        """Sends again what its worker misses from `expected_seq` on; False if that is not known
+        here. Raises StreamNotFound, WorkerUnavailable, StreamMoved."""
+        if expected_seq is None or stream.known_seq < expected_seq:
+            return False
+        await self._send_chunks(stream, await self.ensure(stream), since=expected_seq - 1)
+        return True
 
     async def sync(self, stream: Stream) -> None:
         """Gets the tokens that other routers have sent. Raises StreamNotFound, WorkerUnavailable.
 
         Only a complete copy can be replayed, or decoded on another worker.
         """
-        worker = await self.ensure(stream)
-        fetch = Fetch(stream.id, since=stream.known_seq, owner=stream.owner)
-        stream.take_copy(await worker.fetch(fetch), worker)
+        for attempt in range(_TRIES):
+            worker = await self.ensure(stream)
+            fetch = Fetch(stream.id, since=stream.known_seq, owner=stream.owner)
+            try:
+                stream.take_copy(await worker.fetch(fetch), worker)
+                return
+            except WorkerUnavailable:
+                if worker.ready or attempt == _TRIES - 1:
+                    raise
+            except StreamNotFound:
+                await self.refresh(stream)
+                return
 
     async def again(self, stream: Stream) -> Worker:
         """Opens a stream anew whose generation failed before its first token, with all chunks.
@@ -164,7 +189,8 @@ class Moves:
             )
             try:
                 await worker.ask(event)
-            except (WorkerUnavailable, LimitReached, StreamMoved):
+            except (WorkerUnavailable, LimitReached, StreamMoved, SequenceConflict):
+                # A conflict: another router has opened it there otherwise, in the same epoch.
                 stream.worker = None
                 if attempt == _TRIES - 1:
                     raise
@@ -174,18 +200,27 @@ class Moves:
             return worker
         raise AssertionError("the last try returns or raises")
 
+    async def _follow(self, stream: Stream, copy: Copy, worker: Worker) -> None:
+        """Goes on with a copy that another router has made, which may lack what went through this
+        one."""
+        stream.take_copy(copy, worker)
+        if copy.status.state == "open" and stream.known_seq > copy.status.seq:
+            await self._send_chunks(stream, worker, since=copy.status.seq)
+
     @staticmethod
-    async def _send_chunks(stream: Stream, worker: Worker) -> None:
-        asking = []
-        for seq in sorted(stream.chunks):
+    async def _send_chunks(stream: Stream, worker: Worker, since: int = 0) -> None:
+        asking: dict[int, asyncio.Future[Accepted]] = {}
+        for seq in sorted(s for s in stream.chunks if s > since):
             packed = pack_tokens(stream.chunks[seq])
             fields = (stream.id, seq, packed, digest(packed), stream.epoch, stream.owner)
             event = Append(*fields) if stream.mode == "append" else Update(*fields)
-            asking.append(asyncio.ensure_future(worker.ask(event)))
-        answers = await asyncio.gather(*asking, return_exceptions=True)
-        for answer in answers:
+            asking[seq] = asyncio.ensure_future(worker.ask(event))
+        answers = await asyncio.gather(*asking.values(), return_exceptions=True)
+        for seq, answer in zip(asking, answers, strict=True):
             if isinstance(answer, BaseException):
                 raise answer
+            if seq >= stream.seq:
+                stream.seq, stream.tokens = seq, answer.tokens
 
     async def _fetch(
         self, stream_id: str, owner: bytes, since: int, first: str | None = None
@@ -200,7 +235,7 @@ class Moves:
             answers = await asyncio.gather(*(_copy(w, fetch) for w in group))
             found = [(copy, w) for copy, w in zip(answers, group, strict=True) if copy is not None]
             if found:
-                return max(found, key=lambda f: f[0].epoch)
+                return max(found, key=lambda f: (f[0].epoch, f[0].status.seq))
         return None
 
 

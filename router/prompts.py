@@ -13,6 +13,7 @@ from sglang_stream.errors import BodyTooLarge
 from sglang_stream.prompt import Opening
 
 _TOKENISED_HERE = 4096  # characters, about 1 ms; longer texts would hold up the event loop
+_CHARACTER_IDS = 8  # more than the bytes of any character
 R = TypeVar("R")
 
 
@@ -26,8 +27,13 @@ class PromptBuilder:
     def __init__(self, model: ModelTexts, vocab_size: int, max_text_bytes: int) -> None:
         self._assembler = model.assembler
         self._defaults = model.defaults
+        self._decode = model.decode
         self._vocab_size = vocab_size
         self._max_text_bytes = max_text_bytes
+
+    def is_whole(self, ids: list[int]) -> bool:
+        """Whether the text of `ids` ends with a whole character."""
+        return not self._decode(ids[-_CHARACTER_IDS:]).endswith("\N{REPLACEMENT CHARACTER}")
 
     def defaults(self, opening: Opening) -> Mapping[str, float]:
         """The model's own sampling defaults, which hold for chats only, as in SGLang."""

@@ -103,7 +103,9 @@ class StreamService:
             while True:
                 await asyncio.sleep(_SWEEP_S)
                 for stream in self.streams.idle(time.monotonic()):
-                    self._drop(stream)
+                    # The worker has a clock of its own, which the calls through another router
+                    # keep going.
+                    self.streams.forget(stream)
         finally:
             for task in (watching, *self._background):
                 task.cancel()
@@ -235,6 +237,9 @@ class StreamService:
                 return stream, _joined(stream.generation, body.request_id, stream)
             if stream.state != "open":
                 raise _sealed(stream)
+            worker = await self._moves.ensure(stream)
+            if stream.context() is None or body.last_seq != stream.known_seq:
+                await self._moves.sync(stream)  # other routers may have sent the rest
             room = model.context_len - stream.tokens - len(tail)
             if room < (body.limit or 1):
                 raise ContextLengthExceeded(
@@ -243,9 +248,6 @@ class StreamService:
                     f"{max(room, 0)} can be generated after this prompt",
                     param="max_tokens",
                 )
-            worker = await self._moves.ensure(stream)
-            if stream.context() is None or body.last_seq not in (None, stream.known_seq):
-                await self._moves.sync(stream)  # another router may have sent some
             incremental = worker.info.incremental
             generation = Generation(
                 body.request_id,
@@ -271,7 +273,7 @@ class StreamService:
         for attempt in itertools.count():
             try:
                 if failed and stream.state != "open":
-                    now = generation.increments.resume(params)
+                    now = generation.increments.resume(params, self.cluster.model.prompts.is_whole)
                     await self._moves.reopen(stream, self._whole(stream, generation))
                     seal = SealCall(stream.id)  # the tail has gone with the prompt
                 else:
@@ -413,7 +415,9 @@ class StreamService:
         _present(stream)  # its client may have left while the worker was asked
         if stream.epoch == 0 or stream.generation is None:
             stream.seq, stream.tokens = status.seq, status.tokens
-        stream.state, stream.usage = status.state, status.usage
+        stream.usage = status.usage
+        if stream.generation is None or stream.generation.ended or status.state == "sealed":
+            stream.state = status.state  # a prefill worker has finished before the answer has
         stream.touch()
         return stream
 
@@ -422,7 +426,7 @@ class StreamService:
         stream = await self._moves.find(stream_id, caller)
         was_sealed = stream.state != "open"
         if stream.state == "aborted":
-            self.streams.forget(stream)
+            self.streams.end(stream)
             raise unknown(stream_id)
         if stream.generation is not None:
             stream.generation.stop(StreamNotFound(f"stream {stream_id} was deleted"))
@@ -433,9 +437,9 @@ class StreamService:
             pass  # its generation has ended there, perhaps because its connection was closed here
         except StreamNotFound:
             if not was_sealed:
-                self.streams.forget(stream)
+                self.streams.end(stream)
                 raise
-        self.streams.forget(stream)
+        self.streams.end(stream)
 
     # --- workers ------------------------------------------------------------------------------
 
@@ -479,6 +483,10 @@ class StreamService:
             except WorkerUnavailable:
                 if worker.ready or attempt == _TRIES - 1:
                     raise
+            except SequenceGap as e:
+                # What went to a worker that was lost, while another router moved the stream.
+                if attempt == _TRIES - 1 or not await self._moves.fill(stream, e.expected_seq):
+                    raise
             except (StreamNotFound, StreamMoved) as e:
                 if stream.state in ("sealed", "finished"):
                     raise _sealed(stream) from None
@@ -505,7 +513,7 @@ class StreamService:
         self._in_background(self._abort_in_worker(stream))
 
     def _drop(self, stream: Stream) -> None:
-        """Forgets a stream whose time is up, or that may or may not have opened."""
+        """Forgets a stream that may or may not have opened."""
         self.streams.forget(stream)
         if stream.state == "open":
             self._in_background(self._abort_in_worker(stream))

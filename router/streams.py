@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from array import array
 from asyncio import Lock
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from sglang_stream.prompt import Opening, arrange
 
 _IDLE_SLACK_S = 1.0
 _TOKEN_BYTES = 4
+_REMEMBERED = 4096  # deleted streams whose ids are not looked for any more
 
 
 class Memo(msgspec.Struct, frozen=True, array_like=True):
@@ -114,7 +116,7 @@ class Stream:
         self.worker, self.epoch = worker, copy.epoch
         self.state, self.usage = copy.status.state, copy.status.usage
         self.seq, self.tokens = copy.status.seq, copy.status.tokens
-        if self.mode == "update" and copy.chunks:
+        if self.mode == "update" and copy.chunks and self.known_seq <= copy.status.seq:
             self.chunks = {}
         for seq, raw in copy.chunks:
             self.chunks[seq] = array("i")
@@ -172,7 +174,7 @@ class Stream:
         ids = array("i", self.opening.tokens)
         for seq in sorted(self.chunks):
             ids.extend(self.chunks[seq])
-        return ids if len(ids) == self.tokens else None
+        return ids if len(ids) == self.tokens and self.known_seq >= self.seq else None
 
     def prompt(self) -> list[int] | None:
         """All ids of a sealed stream's prompt; None if some are not known of here."""
@@ -219,6 +221,7 @@ class Streams:
         self._limit = limit
         self._buffer_bytes = buffer_bytes
         self._by_id: dict[str, Stream] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()
 
     def check_room(self) -> None:
         """Raises LimitReached unless another stream may be opened."""
@@ -239,6 +242,8 @@ class Streams:
     def find(self, stream_id: str, caller: Caller) -> Stream | None:
         """The stream, None if it is not known here. Raises StreamNotFound for another's, which
         only an admin sees."""
+        if stream_id in self._ended:
+            raise unknown(stream_id)
         stream = self._by_id.get(stream_id)
         if stream is not None and stream.owner != caller.owner and not caller.admin:
             raise unknown(stream_id)
@@ -246,6 +251,13 @@ class Streams:
 
     def forget(self, stream: Stream) -> None:
         self._by_id.pop(stream.id, None)
+
+    def end(self, stream: Stream) -> None:
+        """Forgets a stream that was deleted, even if its worker still has it for a moment."""
+        self.forget(stream)
+        self._ended[stream.id] = None
+        while len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
 
     def open_count(self) -> int:
         return sum(1 for _ in self.open())

@@ -3,7 +3,7 @@ that imports transformers)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ _MODEL_DEFAULTS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p
 
 @dataclass(frozen=True)
 class ModelTexts:
-    """What a model needs between texts and tokens. `defaults`: sampling defaults of its chats."""
+    """What a model needs between texts and tokens. `defaults`: sampling defaults of its chats;
+    `decode`: the text of token ids."""
 
     assembler: PromptAssembler
     defaults: Mapping[str, float]
+    decode: Callable[[list[int]], str]
 
 
 def load_model_texts(server: Mapping[str, Any]) -> ModelTexts:
@@ -48,7 +50,7 @@ def load_model_texts(server: Mapping[str, Any]) -> ModelTexts:
     defaults: dict[str, float] = {}
     if server.get("sampling_defaults", "model") == "model":
         defaults = _generation_defaults(server["model_path"], trust, revision)
-    return ModelTexts(PromptAssembler(tokenizer), defaults)
+    return ModelTexts(PromptAssembler(tokenizer), defaults, tokenizer.decode)
 
 
 def _read_template(template: str) -> str:

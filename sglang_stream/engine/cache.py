@@ -78,7 +78,8 @@ class StreamRadixCache(RadixCache):
 
     def reset(self) -> None:
         super().reset()  # also called by the constructor
-        self._changes: dict[bytes, bool] = dict.fromkeys(getattr(self, "blocks", ()), False)
+        gone = dict.fromkeys(getattr(self, "blocks", ()), False)
+        self._changes: dict[bytes, bool] = getattr(self, "_changes", {}) | gone
         self.blocks: set[bytes] = set()
 
     def take_block_changes(self) -> BlockChanges:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 from sglang_stream import messages as m
-from sglang_stream.errors import StreamError, StreamNotFound, StreamSealed
+from sglang_stream.errors import (
+    SequenceConflict,
+    StreamError,
+    StreamMoved,
+    StreamNotFound,
+    StreamSealed,
+)
 from sglang_stream.session import Session, Verdict
 
 USAGE = m.Usage(chunks=3, updates=1, lcp_tokens=7, computed_tokens=11, ready_tokens=10)
@@ -53,16 +60,36 @@ def serving(app: FastAPI) -> Iterator[str]:
         assert not thread.is_alive()
 
 
+def greedy(prompt: Sequence[int], count: int) -> list[int]:
+    """What a `spoken` worker answers to a prompt: ids whose text is one ASCII character each."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append((31 * sum(ids[-3:]) + 7 * len(ids)) % 90)
+    return ids[len(prompt) :]
+
+
+def text_of(ids: Sequence[int]) -> str:
+    """The text of such ids by the tests' tokenizer."""
+    return "".join(chr(33 + i) for i in ids)
+
+
 @dataclass
 class FakeStream:
     session: Session
     opening: array[int]
     opened: m.Open
-    chunks: list[array[int]] = field(default_factory=list)
+    chunks: dict[int, array[int]] = field(default_factory=dict)
+    memo: bytes = b""
+    touched_s: float = field(default_factory=time.monotonic)
 
     @property
     def tokens(self) -> array[int]:
-        return sum(self.chunks, array("i", self.opening))
+        return sum(self.chunks.values(), array("i", self.opening))
+
+    @property
+    def expired(self) -> bool:
+        idle_s = time.monotonic() - self.touched_s
+        return self.session.state == "open" and idle_s > self.opened.idle_timeout_s
 
 
 @dataclass
@@ -72,12 +99,18 @@ class FakeWorker:
     `script`: the cumulative texts of an answer, one event each; `gates[i]` holds event i back,
     `gates[QUERY]` the answers to queries; `heard`: what came at the socket, answered or not.
     `finish`: the reason of the last event. `answers`: whether the socket answers at all.
+    `spoken`: the length of an answer by `greedy` instead of the script; `breaks_after`: the event
+    after which its connection ends; `fails`: the error of every generation.
     """
 
     tokenizer: Path
     script: list[str] = field(default_factory=lambda: ["Hel", "Hello", "Hello there"])
     finish: dict[str, Any] = field(default_factory=lambda: {"type": "stop", "matched": 2})
     gates: dict[int, threading.Event] = field(default_factory=dict)
+    role: m.Role = "unified"
+    spoken: int | None = None
+    breaks_after: int | None = None
+    fails: StreamError | None = None
     incremental: bool = False
     supported: bool = True
     answers: bool = True
@@ -142,18 +175,14 @@ class FakeWorker:
     def _answer(self, question: m.Question) -> m.Answer:
         if isinstance(question, m.Hello):
             return m.Welcome(
-                m.PROTOCOL, self.worker_id, "unified", self.context_len, 300, 1, 5000, 8
+                m.PROTOCOL, self.worker_id, self.role, self.context_len, 300, 1, 5000, 8
             )
         if isinstance(question, m.Resync):
             return m.Snapshot(0, b"")
         self.events.append(question)
+        self._check(question)
         if isinstance(question, m.Open):
-            if self.refusal is not None:
-                raise self.refusal
-            session = Session(question.stream_id, question.mode)
-            opening = array("i", question.tokens)
-            self.streams[question.stream_id] = FakeStream(session, opening, question)
-            return m.Accepted(0, len(opening))
+            return self._open(question)
         stream = self.streams.get(question.stream_id)
         if stream is None:
             raise StreamNotFound(f"stream {question.stream_id} is unknown")
@@ -177,16 +206,48 @@ class FakeWorker:
                 return self._apply(stream, question)
         raise AssertionError(question)
 
+    def _check(self, question: m.Event) -> None:
+        """Owner, epoch and idle time-out, as the engine sees to them."""
+        for stream_id in [i for i, s in self.streams.items() if s.expired]:
+            del self.streams[stream_id]
+        stream = self.streams.get(question.stream_id)
+        if stream is None:
+            return
+        if stream.opened.owner != question.owner:
+            raise StreamNotFound(f"stream {question.stream_id} is unknown")
+        if isinstance(question, m.Query | m.Fetch) or question.epoch == stream.opened.epoch:
+            return
+        if question.epoch < stream.opened.epoch:
+            raise StreamMoved(f"stream {question.stream_id} has moved")
+        del self.streams[question.stream_id]
+
+    def _open(self, event: m.Open) -> m.Accepted:
+        if self.refusal is not None:
+            raise self.refusal
+        known = self.streams.get(event.stream_id)
+        if known is not None:
+            if known.opened.tokens != event.tokens or known.opened.mode != event.mode:
+                raise SequenceConflict(f"stream {event.stream_id} is already open")
+            return m.Accepted(known.session.seq, len(known.tokens))
+        session = Session(event.stream_id, event.mode)
+        opening = array("i", event.tokens)
+        self.streams[event.stream_id] = FakeStream(session, opening, event, memo=event.memo)
+        return m.Accepted(0, len(opening))
+
     def _copy(self, stream: FakeStream, since: int) -> m.Copy:
         session, opened = stream.session, stream.opened
         status = m.Status(
             session.stream_id, session.mode, session.state, session.seq, len(stream.tokens), USAGE
         )
-        chunks = [
-            (seq, chunk.tobytes()) for seq, chunk in enumerate(stream.chunks, 1) if seq > since
-        ]
+        chunks = [(seq, ids.tobytes()) for seq, ids in stream.chunks.items() if seq > since]
         return m.Copy(
-            status, opened.epoch, opened.tokens, chunks, opened.idle_timeout_s, None, opened.memo
+            status=status,
+            epoch=opened.epoch,
+            opening=opened.tokens,
+            chunks=chunks,
+            idle_timeout_s=opened.idle_timeout_s,
+            namespace=opened.namespace,
+            memo=stream.memo,
         )
 
     def _apply(self, stream: FakeStream, event: m.Append | m.Update) -> m.Accepted:
@@ -196,8 +257,13 @@ class FakeWorker:
         verdict = stream.session.check(kind, event.seq, event.digest)  # type: ignore[arg-type]
         if verdict is Verdict.APPLY:
             stream.session.record(event.seq, event.digest)
+            stream.touched_s = time.monotonic()
             ids = array("i", event.tokens)
-            stream.chunks = [*stream.chunks, ids] if kind == "append" else [ids]
+            if isinstance(event, m.Append):
+                stream.chunks[event.seq] = ids
+            else:
+                stream.chunks = {event.seq: ids}
+                stream.memo = stream.memo if event.memo is None else event.memo
         return m.Accepted(event.seq, len(stream.tokens), 5 if kind == "update" else 0)
 
     # --- HTTP -----------------------------------------------------------------------------------
@@ -224,21 +290,29 @@ class FakeWorker:
         body = await request.json()
         call = json.loads(body["sampling_params"]["custom_params"]["sglang_stream"])
         self.seals.append({**body, "call": call})
-        return StreamingResponse(self._spoken(body["rid"], call), media_type="text/event-stream")
+        answer = self._answered(body["rid"], call, body["sampling_params"])
+        return StreamingResponse(answer, media_type="text/event-stream")
 
-    async def _spoken(self, rid: str, call: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def _answered(
+        self, rid: str, call: dict[str, Any], params: dict[str, Any]
+    ) -> AsyncIterator[bytes]:
         try:
             await self._pass(-1)
             try:
                 stream = self.streams.get(call["id"])
+                if self.fails is not None:
+                    raise self.fails
                 if stream is None:
                     raise StreamNotFound(f"stream {call['id']} is unknown")
+                if stream.opened.epoch != call["epoch"]:
+                    raise StreamMoved(f"stream {call['id']} has moved")
                 stream.session.check_seal(call["last_seq"])
             except StreamError as e:
                 yield _refused(e)
                 return
             stream.session.seal()
-            async for event in self._events(len(stream.tokens) + len(call["tail"])):
+            prompt = [*stream.tokens, *call["tail"]]
+            async for event in self._events(prompt, params):
                 yield event
             stream.session.finish()
             yield b"data: [DONE]\n\n"
@@ -246,20 +320,27 @@ class FakeWorker:
             self.cut.append(rid)
             raise
 
-    async def _events(self, prompt_tokens: int) -> AsyncIterator[bytes]:
+    async def _events(self, prompt: list[int], params: dict[str, Any]) -> AsyncIterator[bytes]:
         said = ""
-        for i, text in enumerate(self.script):
+        script, all_ids = self.script, list(range(100, 100 + len(self.script)))
+        if self.spoken is not None:
+            count = params["max_new_tokens"] or self.spoken
+            all_ids = greedy(prompt, 1 if self.role == "prefill" else count)
+            script = [text_of(all_ids[: i + 1]) for i in range(len(all_ids))]
+        for i, text in enumerate(script):
             await self._pass(i)
-            last = i == len(self.script) - 1
+            if i == self.breaks_after:
+                raise ConnectionResetError("as the test wants it")
+            last = i == len(script) - 1
             first_new = i if self.incremental else 0
             meta = {
-                "prompt_tokens": prompt_tokens,
+                "prompt_tokens": len(prompt),
                 "completion_tokens": i + 1,
                 "cached_tokens": 4,
                 "finish_reason": self.finish if last else None,
             }
             new = text[len(said) :] if self.incremental else text
-            ids = list(range(100 + first_new, 101 + i))
+            ids = all_ids[first_new : i + 1]
             said = text
             yield _sse({"text": new, "output_ids": ids, "meta_info": meta})
 

@@ -400,7 +400,7 @@ def test_a_client_that_stays_away(client: httpx.Client, worker: FakeWorker, stre
     stream = opened(client)
     vanish(client, worker, stream, {"request_id": "r", "stream": streamed})
     until(lambda: worker.cut == [worker.seals[0]["rid"]])
-    assert [e for e in worker.events if isinstance(e, m.Abort)] == [m.Abort(stream)]
+    until(lambda: [e for e in worker.events if isinstance(e, m.Abort)] == [m.Abort(stream)])
     error_of(generate(client, stream, request_id="r"), 404)
     error_of(client.get(f"/v1/streams/{stream}"), 404)
 
