@@ -64,13 +64,14 @@ class Moves:
         if stream is not None:
             return stream
         tag = self._ids.first_worker(stream_id)
-        found = await self._fetch(stream_id, caller.owner, since=0, first=tag)
+        owner = None if caller.admin else caller.owner
+        found = await self._fetch(stream_id, owner, since=0, first=tag)
         stream = self._streams.find(stream_id, caller)  # meanwhile another call may have found it
         if stream is None:
             if found is None:
                 raise unknown(stream_id)
             copy, worker = found
-            stream = Stream.from_copy(copy, worker, caller.owner)
+            stream = Stream.from_copy(copy, worker)
             self._streams.add(stream)
         return stream
 
@@ -223,7 +224,7 @@ class Moves:
                 stream.seq, stream.tokens = seq, answer.tokens
 
     async def _fetch(
-        self, stream_id: str, owner: bytes, since: int, first: str | None = None
+        self, stream_id: str, owner: bytes | None, since: int, first: str | None = None
     ) -> tuple[Copy, Worker] | None:
         """The copy with the highest epoch among the workers; `first`: the tag of the one that is
         asked before the others, whose answer then is taken."""

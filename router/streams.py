@@ -89,7 +89,7 @@ class Stream:
     _placed_before: dict[int, list[bytes]] = field(default_factory=dict)
 
     @classmethod
-    def from_copy(cls, copy: Copy, worker: Worker, owner: bytes) -> Stream:
+    def from_copy(cls, copy: Copy, worker: Worker) -> Stream:
         """A stream of which another router's worker told."""
         memo = _decode_memo(copy.memo)
         opening = array("i")
@@ -102,7 +102,7 @@ class Stream:
             order=memo.order,
             idle_timeout_s=copy.idle_timeout_s,
             worker=worker,
-            owner=owner,
+            owner=copy.owner,
             namespace=copy.namespace,
             created=memo.created,
         )

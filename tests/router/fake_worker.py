@@ -213,7 +213,7 @@ class FakeWorker:
         stream = self.streams.get(question.stream_id)
         if stream is None:
             return
-        if stream.opened.owner != question.owner:
+        if question.owner not in (None, stream.opened.owner):
             raise StreamNotFound(f"stream {question.stream_id} is unknown")
         if isinstance(question, m.Query | m.Fetch) or question.epoch == stream.opened.epoch:
             return
@@ -248,6 +248,7 @@ class FakeWorker:
             idle_timeout_s=opened.idle_timeout_s,
             namespace=opened.namespace,
             memo=stream.memo,
+            owner=opened.owner,
         )
 
     def _apply(self, stream: FakeStream, event: m.Append | m.Update) -> m.Accepted:

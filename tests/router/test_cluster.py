@@ -66,7 +66,11 @@ def test_a_key_sees_its_own_streams_at_every_router(tokenizer_dir: Path, keyed: 
         _check_hidden(two, stream, others)
         error_of(one.get("/workers", headers=mine), 403)
         assert one.get("/workers").status_code == 200
-        # The admin sees it, and where it is.
+        # The admin sees it, and where it is, also at a router that has not heard of it.
+        unheard = opened_by(one, mine)
+        assert two.get(f"/v1/streams/{unheard}").json()["prefill_worker"] in made.workers
+        assert two.post(f"/v1/streams/{unheard}/chunks", json=chunk, headers=mine).is_success
+        assert two.delete(f"/v1/streams/{unheard}").status_code == 200
         assert one.get(f"/v1/streams/{stream}").json()["prefill_worker"] in made.workers
         assert stream in [s["id"] for s in one.get("/v1/streams").json()["data"]]
 
