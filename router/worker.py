@@ -25,7 +25,13 @@ from router.breaker import BreakerSettings, CircuitBreaker
 from router.link import Link
 from router.load import WorkerLoad
 from router.sse import sse_data
-from sglang_stream.errors import EngineFailure, StreamError, WorkerUnavailable, from_fields
+from sglang_stream.errors import (
+    EngineFailure,
+    StreamError,
+    StreamNotFound,
+    WorkerUnavailable,
+    from_fields,
+)
 from sglang_stream.messages import (
     Accepted,
     Copy,
@@ -464,8 +470,11 @@ def _raise_failure(event: WorkerEvent) -> None:
     refusal = reason.get("sglang_stream_error")
     if refusal is not None:
         raise from_fields(msgspec.json.decode(refusal, type=dict[str, Any]))
+    if reason.get("status_code") is None:
+        # Somebody asked for it: the stream was deleted, or moved, through another router.
+        raise StreamNotFound("the stream was deleted or taken over during its answer: ask again")
     message = f"the engine aborted the generation: {reason.get('message')}"
-    raise from_fields({"message": message}, status=int(reason.get("status_code") or 500))
+    raise from_fields({"message": message}, status=int(reason["status_code"]))
 
 
 def _http_error(status: int, body: bytes) -> StreamError:
