@@ -19,7 +19,7 @@ from router.auth import Caller
 from router.cluster import Cluster
 from router.identity import StreamIds, worker_tag
 from router.metrics import RouterMetrics
-from router.streams import Stream, Streams, unknown
+from router.streams import Stream, Streams, created_s, unknown
 from router.worker import Worker
 from sglang_stream.errors import (
     LimitReached,
@@ -66,12 +66,14 @@ class Moves:
         tag = self._ids.first_worker(stream_id)
         owner = None if caller.admin else caller.owner
         found = await self._fetch(stream_id, owner, since=0, first=tag)
+        if found is not None and created_s(found[0]) < found[1].ready_since_s:
+            # That worker may have been away, and the stream have moved without its knowing.
+            found = await self._fetch(stream_id, owner, since=0)
         stream = self._streams.find(stream_id, caller)  # meanwhile another call may have found it
         if stream is None:
             if found is None:
                 raise unknown(stream_id)
-            copy, worker = found
-            stream = Stream.from_copy(copy, worker)
+            stream = Stream.from_copy(*found)
             self._streams.add(stream)
         return stream
 

@@ -273,6 +273,11 @@ class Streams:
         ]
 
 
+def created_s(copy: Copy) -> int:
+    """When a stream of which a worker told was opened, on the wall clock."""
+    return _decode_memo(copy.memo).created
+
+
 def unknown(stream_id: str) -> StreamNotFound:
     """The error for an id that names no stream."""
     return StreamNotFound(f"stream {stream_id} is unknown or has expired: open a new one")

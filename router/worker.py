@@ -125,6 +125,7 @@ class Worker:
         self.url = url.rstrip("/")
         self.load = WorkerLoad()
         self.breaker = CircuitBreaker(breaker or BreakerSettings())
+        self.ready_since_s = 0.0  # on the wall clock
         self.placed = 0  # streams and requests given to it since its last report
         self._http = http
         self._accept = accept
@@ -330,6 +331,7 @@ class Worker:
             link.close(self._reason)
             raise
         self._link, self._info = link, info
+        self.ready_since_s = time.time()
         self._on_ready(self)
         logger.info("worker %s at %s is ready: %s", info.worker_id, self.url, info.model)
 

@@ -204,3 +204,19 @@ def test_an_answer_that_is_deleted_at_the_other_router_ends(pair: Rig) -> None:
         pair.workers[first].gates[3].set()
         error_of(answer.result(), 404)
     assert not pair.tokens(pair.other(first), stream), "it is not continued elsewhere"
+
+
+def test_a_copy_that_was_left_behind_is_not_taken(pair: Rig) -> None:
+    with ExitStack() as stack:
+        gone = pair.add_router(stack)
+        stream = opened(gone)
+        append(gone, stream, 1, [11])
+        first = pair.holder(gone, stream)
+        pair.lose(first)
+        append(gone, stream, 2, [12])
+        pair.routers.remove(gone)
+    pair.reset()
+    assert pair.tokens(first, stream) == [1, 11], "the router that could tell it is no more"
+    for seq, router in zip((3, 4), pair.routers, strict=True):
+        append(router, stream, seq, [10 + seq])
+    assert pair.tokens(pair.other(first), stream) == [1, 11, 12, 13, 14]
