@@ -55,6 +55,7 @@ class Cluster:
         self._metrics = metrics
         self._on_ready = on_ready
         self._on_lost = on_lost
+        self._started_s = time.monotonic()
         self._model: Model | None = None
         self._model_of: dict[str, Any] = {}
         self._loading = asyncio.Lock()
@@ -105,6 +106,14 @@ class Cluster:
     def holders(self) -> list[Worker]:
         """The workers that may hold open streams."""
         return [w for w in self.workers.values() if w.ready and w.role != "decode"]
+
+    def check_all_asked(self) -> None:
+        """Raises WorkerUnavailable while a worker may still be reached for the first time: what
+        is not known yet may be there."""
+        started_ago_s = time.monotonic() - self._started_s
+        for worker in self.workers.values():
+            if not worker.reached and started_ago_s < self._config.worker_wait_s:
+                raise WorkerUnavailable(worker.reason, retry_after=1)
 
     def check_ready(self) -> None:
         """Raises WorkerUnavailable unless a stream could be opened and generated now."""

@@ -70,6 +70,11 @@ class Generation:
         self._task: asyncio.Task[None] | None = None
 
     @property
+    def begun(self) -> bool:
+        """Whether the worker has said anything."""
+        return bool(self._pieces)
+
+    @property
     def ended(self) -> bool:
         return self.outcome is not None or self.error is not None
 

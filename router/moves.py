@@ -19,7 +19,7 @@ from router.auth import Caller
 from router.cluster import Cluster
 from router.identity import StreamIds, worker_tag
 from router.metrics import RouterMetrics
-from router.streams import Stream, Streams, unknown
+from router.streams import Stream, Streams, created_s, unknown
 from router.worker import Worker
 from sglang_stream.errors import (
     LimitReached,
@@ -59,18 +59,23 @@ class Moves:
         self._left: dict[str, list[Abort]] = {}
 
     async def find(self, stream_id: str, caller: Caller) -> Stream:
-        """The stream, fetched from its worker if it is not known here. Raises StreamNotFound."""
+        """The stream, fetched from its worker if it is not known here. Raises StreamNotFound, and
+        WorkerUnavailable while a router that has just started does not reach all workers yet."""
         stream = self._streams.find(stream_id, caller)
         if stream is not None:
             return stream
         tag = self._ids.first_worker(stream_id)
-        found = await self._fetch(stream_id, caller.owner, since=0, first=tag)
+        owner = None if caller.admin else caller.owner
+        found = await self._fetch(stream_id, owner, since=0, first=tag)
+        if found is not None and created_s(found[0]) < found[1].ready_since_s:
+            # That worker may have been away, and the stream have moved without its knowing.
+            found = await self._fetch(stream_id, owner, since=0)
         stream = self._streams.find(stream_id, caller)  # meanwhile another call may have found it
         if stream is None:
             if found is None:
+                self._cluster.check_all_asked()
                 raise unknown(stream_id)
-            copy, worker = found
-            stream = Stream.from_copy(copy, worker, caller.owner)
+            stream = Stream.from_copy(*found)
             self._streams.add(stream)
         return stream
 
@@ -223,7 +228,7 @@ class Moves:
                 stream.seq, stream.tokens = seq, answer.tokens
 
     async def _fetch(
-        self, stream_id: str, owner: bytes, since: int, first: str | None = None
+        self, stream_id: str, owner: bytes | None, since: int, first: str | None = None
     ) -> tuple[Copy, Worker] | None:
         """The copy with the highest epoch among the workers; `first`: the tag of the one that is
         asked before the others, whose answer then is taken."""

@@ -55,6 +55,10 @@ class Route:
     worker: Worker
     prefill: Worker | None = None
 
+    @property
+    def workers(self) -> list[Worker]:
+        return [self.worker] if self.prefill is None else [self.worker, self.prefill]
+
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The request's body. Raises BodyTooLarge as soon as more than `limit` bytes are known of."""
@@ -144,14 +148,20 @@ class ForwardedAnswer(Response):
     ) -> httpx.Response:
         """The beginning of the answer. Raises the error of whichever call fails first."""
         calling = asyncio.create_task(self._send(route.worker, body, stream=True))
+        watching = [asyncio.create_task(w.wait_gone()) for w in route.workers]
+        waiting = {calling, prefilling, *watching}
         try:
-            await asyncio.wait({calling, prefilling}, return_when=asyncio.FIRST_COMPLETED)
-            if not calling.done():
-                prefilling.result()
-            return await calling
+            while not calling.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done - {calling}:
+                    task.result()
+            return calling.result()
         except BaseException:
             await _ended(calling)
             raise
+        finally:
+            for task in watching:
+                await _ended(task)
 
     async def _prefill(self, route: Route, body: bytes) -> None:
         """The same call on the prefill worker, which answers when the KV has gone."""

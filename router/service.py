@@ -40,6 +40,7 @@ from sglang_stream.errors import (
     ContextLengthExceeded,
     EngineFailure,
     GenerationStarted,
+    InvalidRequest,
     LimitReached,
     Malformed,
     ModelNotFound,
@@ -49,6 +50,7 @@ from sglang_stream.errors import (
     StreamMoved,
     StreamNotFound,
     StreamSealed,
+    TooLarge,
     WorkerUnavailable,
 )
 from sglang_stream.messages import (
@@ -68,6 +70,7 @@ logger = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
 _TRIES = 4
+_REFUSALS = (InvalidRequest, LimitReached, TooLarge)
 
 
 class StreamService:
@@ -303,8 +306,10 @@ class StreamService:
                     raise
                 failed = False
                 await self._moves.sync(stream)
-            except StreamError:
+            except StreamError as e:
                 await self._after_failure(stream)
+                if isinstance(e, _REFUSALS) and not generation.begun:
+                    await self._unseal(stream)
                 raise
 
     @staticmethod
@@ -374,6 +379,19 @@ class StreamService:
             return
         stream.state = status.state
         if status.state == "open":
+            stream.generation = None
+
+    async def _unseal(self, stream: Stream) -> None:
+        """Leaves a stream open whose request a decode worker has refused: its prefill worker has
+        sealed it by then."""
+        worker = stream.worker
+        if worker is None or worker.role != "prefill" or stream.state not in ("sealed", "finished"):
+            return
+        try:
+            await self._moves.again(stream)
+        except StreamError as e:
+            logger.warning("stream %s could not be left open: %s", stream.id, e.message)
+        else:
             stream.generation = None
 
     async def _first_token(self, stream: Stream, ttft_s: float) -> Usage | None:

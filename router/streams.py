@@ -91,7 +91,7 @@ class Stream:
     _placed_before: dict[int, list[bytes]] = field(default_factory=dict)
 
     @classmethod
-    def from_copy(cls, copy: Copy, worker: Worker, owner: bytes) -> Stream:
+    def from_copy(cls, copy: Copy, worker: Worker) -> Stream:
         """A stream of which another router's worker told."""
         memo = _decode_memo(copy.memo)
         opening = array("i")
@@ -104,7 +104,7 @@ class Stream:
             order=memo.order,
             idle_timeout_s=copy.idle_timeout_s,
             worker=worker,
-            owner=owner,
+            owner=copy.owner,
             namespace=copy.namespace,
             created=memo.created,
         )
@@ -283,6 +283,11 @@ class Streams:
             if (s.generation is None or s.generation.ended)
             and now_s - s.touched_s > s.idle_timeout_s + _IDLE_SLACK_S
         ]
+
+
+def created_s(copy: Copy) -> int:
+    """When a stream of which a worker told was opened, on the wall clock."""
+    return _decode_memo(copy.memo).created
 
 
 def unknown(stream_id: str) -> StreamNotFound:

@@ -25,7 +25,13 @@ from router.breaker import BreakerSettings, CircuitBreaker
 from router.link import Link
 from router.load import WorkerLoad
 from router.sse import sse_data
-from sglang_stream.errors import EngineFailure, StreamError, WorkerUnavailable, from_fields
+from sglang_stream.errors import (
+    EngineFailure,
+    StreamError,
+    StreamNotFound,
+    WorkerUnavailable,
+    from_fields,
+)
 from sglang_stream.messages import (
     Accepted,
     Copy,
@@ -119,6 +125,8 @@ class Worker:
         self.url = url.rstrip("/")
         self.load = WorkerLoad()
         self.breaker = CircuitBreaker(breaker or BreakerSettings())
+        self.ready_since_s = 0.0  # on the wall clock
+        self.reached = False  # ever
         self.placed = 0  # streams and requests given to it since its last report
         self._http = http
         self._accept = accept
@@ -133,6 +141,7 @@ class Worker:
         self._info: WorkerInfo | None = None
         self._resyncing: asyncio.Task[None] | None = None
         self._calls: set[_Call] = set()
+        self._gone = asyncio.Event()
         self._reason = f"the worker at {self.url} has not been reached yet"
 
     @property
@@ -242,6 +251,11 @@ class Worker:
         finally:
             tell(time.monotonic(), call)
 
+    async def wait_gone(self) -> None:
+        """Returns, by raising WorkerUnavailable, when the worker that is ready now is lost."""
+        await self._gone.wait()
+        raise WorkerUnavailable(self._reason, retry_after=1)
+
     async def flush_cache(self, query: str) -> str | None:
         """Empties the worker's prefix cache; what went wrong, None if nothing.
 
@@ -324,6 +338,9 @@ class Worker:
             link.close(self._reason)
             raise
         self._link, self._info = link, info
+        self._gone = asyncio.Event()
+        self.ready_since_s = time.time()
+        self.reached = True
         self._on_ready(self)
         logger.info("worker %s at %s is ready: %s", info.worker_id, self.url, info.model)
 
@@ -403,6 +420,7 @@ class Worker:
         if self._link is not None:
             self._link.close(reason)
         self._link = self._info = None
+        self._gone.set()
         for call in self._calls:
             call.fail(WorkerUnavailable(reason))
         if was_ready:
@@ -464,8 +482,11 @@ def _raise_failure(event: WorkerEvent) -> None:
     refusal = reason.get("sglang_stream_error")
     if refusal is not None:
         raise from_fields(msgspec.json.decode(refusal, type=dict[str, Any]))
+    if reason.get("status_code") is None:
+        # Somebody asked for it: the stream was deleted, or moved, through another router.
+        raise StreamNotFound("the stream was deleted or taken over during its answer: ask again")
     message = f"the engine aborted the generation: {reason.get('message')}"
-    raise from_fields({"message": message}, status=int(reason.get("status_code") or 500))
+    raise from_fields({"message": message}, status=int(reason["status_code"]))
 
 
 def _http_error(status: int, body: bytes) -> StreamError:

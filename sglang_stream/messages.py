@@ -115,11 +115,11 @@ class Query(Message, frozen=True, tag=True, array_like=True):
 
 class Fetch(Message, frozen=True, tag=True, array_like=True):
     """Asks for a `Copy` of a stream, as another router needs to serve it; `since`: the last
-    number of which the asker has the tokens."""
+    number of which the asker has the tokens. `owner`: None for an admin, who sees all."""
 
     stream_id: str
     since: int = 0
-    owner: bytes = b""
+    owner: bytes | None = b""
 
 
 class Resync(Message, frozen=True, tag=True, array_like=True):
@@ -176,6 +176,7 @@ class Copy(Message, frozen=True, tag=True, array_like=True):
     idle_timeout_s: float
     namespace: str | None
     memo: bytes
+    owner: bytes = b""
 
 
 class Report(Message, frozen=True, tag=True, array_like=True):

@@ -156,7 +156,9 @@ class StreamEngine:
 
     def _check_owner(self, event: m.Event) -> None:
         stream = self.table.live.get(event.stream_id)
-        if stream is not None and not hmac.compare_digest(stream.owner, event.owner):
+        if stream is None or event.owner is None:
+            return
+        if not hmac.compare_digest(stream.owner, event.owner):
             self._metrics.odd.labels("foreign").inc()
             raise StreamNotFound(f"stream {event.stream_id} is unknown or has expired")
 

@@ -222,6 +222,7 @@ class StreamTable:
             idle_timeout_s=stream.idle_timeout_s,
             namespace=stream.namespace,
             memo=stream.memo,
+            owner=stream.owner,
         )
 
     def drop(self, stream: Stream) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import anyio
 import httpx
 
-from sglang_stream.errors import SequenceGap, StreamNotFound
+from sglang_stream.errors import SequenceGap, StreamNotFound, StreamSealed
 from sglang_stream.sdk.answer import Answer
 from sglang_stream.sdk.client import ABORT_TIMEOUT_S, AsyncStreamClient, NoStreamsHere
 from sglang_stream.sdk.items import parse_chunk, parse_context
@@ -188,9 +188,14 @@ class StreamedRequest:
                         if text:
                             yield text
                 return
-            except (SequenceGap, StreamNotFound) as e:
+            except (SequenceGap, StreamNotFound, StreamSealed) as e:
                 if self.answer.has_token or self._stream_id is None:
                     raise
+                if isinstance(e, StreamSealed):
+                    if not attempt:
+                        raise
+                    # The call that failed has sealed it, and its answer is lost.
+                    e = StreamNotFound(e.message)
                 await self._repair(client, e)
                 await self._send(client)
             except httpx.TransportError as e:

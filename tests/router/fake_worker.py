@@ -38,6 +38,7 @@ from sglang_stream.session import Session, Verdict
 USAGE = m.Usage(chunks=3, updates=1, lcp_tokens=7, computed_tokens=11, ready_tokens=10)
 
 QUERY = -2
+ABORTED = {"type": "abort", "message": "Aborted", "status_code": None}
 
 
 @contextmanager
@@ -200,6 +201,7 @@ class FakeWorker:
             case m.Abort():
                 if stream.session.state == "finished":
                     raise StreamSealed(f"stream {question.stream_id} has ended")
+                stream.session.abort()
                 del self.streams[question.stream_id]
                 return m.Accepted(stream.session.seq, 0)
             case m.Append() | m.Update():
@@ -213,7 +215,7 @@ class FakeWorker:
         stream = self.streams.get(question.stream_id)
         if stream is None:
             return
-        if stream.opened.owner != question.owner:
+        if question.owner not in (None, stream.opened.owner):
             raise StreamNotFound(f"stream {question.stream_id} is unknown")
         if isinstance(question, m.Query | m.Fetch) or question.epoch == stream.opened.epoch:
             return
@@ -248,6 +250,7 @@ class FakeWorker:
             idle_timeout_s=opened.idle_timeout_s,
             namespace=opened.namespace,
             memo=stream.memo,
+            owner=opened.owner,
         )
 
     def _apply(self, stream: FakeStream, event: m.Append | m.Update) -> m.Accepted:
@@ -313,6 +316,9 @@ class FakeWorker:
             stream.session.seal()
             prompt = [*stream.tokens, *call["tail"]]
             async for event in self._events(prompt, params):
+                if stream.session.state == "aborted":
+                    yield _sse({"text": "", "meta_info": {"finish_reason": ABORTED}})
+                    return
                 yield event
             stream.session.finish()
             yield b"data: [DONE]\n\n"
@@ -340,9 +346,8 @@ class FakeWorker:
                 "finish_reason": self.finish if last else None,
             }
             new = text[len(said) :] if self.incremental else text
-            ids = all_ids[first_new : i + 1]
             said = text
-            yield _sse({"text": new, "output_ids": ids, "meta_info": meta})
+            yield _sse({"text": new, "output_ids": all_ids[first_new : i + 1], "meta_info": meta})
 
     async def _forwarded(self, request: Request) -> Response:
         body = await request.json()

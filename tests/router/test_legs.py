@@ -116,7 +116,7 @@ def test_a_seal_that_the_prefill_worker_refuses_leaves_the_stream_open(apart: Ri
 
 
 def test_a_request_that_the_decode_worker_refuses_leaves_the_stream_open(apart: Rig) -> None:
-    prefill, decode = split(apart)
+    _, decode = split(apart)
     stream = sealable(apart)
     for worker in decode:
         worker.fails = ContextLengthExceeded("over the KV pool")

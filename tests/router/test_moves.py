@@ -189,3 +189,34 @@ def test_a_router_that_has_nothing_to_do_with_a_stream_leaves_it_alone(pair: Rig
     assert not [e for w in pair.workers.values() for e in w.events if e == m.Abort(stream)]
     append(one, stream, seq + 2, [13])
     assert len(pair.tokens(pair.holder(two, stream), stream)) == seq + 3
+
+
+def test_an_answer_that_is_deleted_at_the_other_router_ends(pair: Rig) -> None:
+    one, two = pair.routers
+    stream = opened(one)
+    append(two, stream, 1, [11])
+    first = pair.holder(one, stream)
+    pair.workers[first].gates = {3: threading.Event()}
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(one.post, f"/v1/streams/{stream}/generate", json=ASK)
+        until(lambda: any(s["call"]["id"] == stream for s in pair.workers[first].seals))
+        assert two.delete(f"/v1/streams/{stream}").status_code == 200
+        pair.workers[first].gates[3].set()
+        error_of(answer.result(), 404)
+    assert not pair.tokens(pair.other(first), stream), "it is not continued elsewhere"
+
+
+def test_a_copy_that_was_left_behind_is_not_taken(pair: Rig) -> None:
+    with ExitStack() as stack:
+        gone = pair.add_router(stack)
+        stream = opened(gone)
+        append(gone, stream, 1, [11])
+        first = pair.holder(gone, stream)
+        pair.lose(first)
+        append(gone, stream, 2, [12])
+        pair.routers.remove(gone)
+    pair.reset()
+    assert pair.tokens(first, stream) == [1, 11], "the router that could tell it is no more"
+    for seq, router in zip((3, 4), pair.routers, strict=True):
+        append(router, stream, seq, [10 + seq])
+    assert pair.tokens(pair.other(first), stream) == [1, 11, 12, 13, 14]

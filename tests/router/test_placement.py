@@ -19,7 +19,7 @@ views = st.builds(
     WorkerView,
     name=st.just(""),
     todo_tokens=small,
-    tokens_per_s=st.floats(0, 1e6),
+    tokens_per_s=st.just(0.0) | st.floats(1, 1e6),
     free_tokens=small,
     held_tokens=small,
     requests=small,
