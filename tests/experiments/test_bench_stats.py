@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.bench.stats import Ratio, median_ratio, ratio_of_medians
+from experiments.bench.stats import Interval, median_ratio, ratio_of_medians
 
 
 def test_equal_pairs_have_no_spread() -> None:
-    assert ratio_of_medians([6.0] * 5, [2.0] * 5) == Ratio(3.0, 3.0, 3.0)
+    assert ratio_of_medians([6.0] * 5, [2.0] * 5) == Interval(3.0, 3.0, 3.0)
 
 
 def test_ratio_of_medians_is_not_the_median_ratio() -> None:
