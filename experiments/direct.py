@@ -87,15 +87,16 @@ class DirectHttp:
 
 
 class DirectWorker:
-    """One worker, spoken to as a router does it."""
+    """One worker, spoken to as a router does it. `page_size`: of its KV, in tokens."""
 
     def __init__(self, url: str) -> None:
         self.http = DirectHttp(url)
-        state = self.http.call("GET", "/server_info")["internal_states"][0]
+        server = self.http.call("GET", "/server_info")
+        self.page_size = int(server["page_size"])
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVTIMEO, int(_TIMEOUT_S * 1e3))
-        self._socket.connect(state["sglang_stream"]["endpoint"])
+        self._socket.connect(server["internal_states"][0]["sglang_stream"]["endpoint"])
         self._calls = itertools.count(1)
 
     def close(self) -> None:

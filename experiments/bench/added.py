@@ -26,7 +26,6 @@ CHUNK_TOKENS = 200
 TAIL_TOKENS = 16
 ANSWER_TOKENS = 4
 _CHUNKS_OF_A_STREAM = 20
-_LARGEST_PAGE = 128
 _IDLE_TIMEOUT_S = 600
 _QUIET_S = 0.02
 _COMPUTED_S = 60.0
@@ -146,7 +145,7 @@ def _let_compute(worker: DirectWorker, stream_id: str) -> None:
     while True:
         time.sleep(_QUIET_S)
         status = worker.status(stream_id)
-        if status.usage.computed_tokens + _LARGEST_PAGE > status.tokens:
+        if status.usage.computed_tokens >= status.tokens - status.tokens % worker.page_size:
             break
         if time.monotonic() > deadline:
             raise EngineFailure(f"{status.tokens} tokens were not computed in {_COMPUTED_S:g} s")

@@ -30,7 +30,7 @@ from sglang_stream.errors import EngineFailure, InvalidRequest
 _TABLE_WIDTH = 120
 _APART = ("--decode-workers", "1")
 # The worker looks for chunks between two passes: short ones, or it is what limits their number.
-_SHORT_PASSES = ("--stream-pass-tokens", "64")
+_SHORT_PASSES = ("--stream-pass-tokens", "32")
 
 Add = Callable[[Row], None]
 
