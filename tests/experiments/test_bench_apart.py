@@ -73,6 +73,7 @@ def test_other_tokens_are_shown() -> None:
     assert any("same tokens" in line and "5 of 6" in line for line in lines_of(rows))
 
 
+@pytest.mark.long
 def test_on_running_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A small run on workers apart: rows, their table, and the same table from the file."""
     out = tmp_path / "rows.jsonl"

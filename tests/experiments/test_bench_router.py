@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import random
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.bench import rates
+from experiments.bench import added, apart, rates
+from experiments.bench.chat import workers_of
 from experiments.bench.router import NAMES, table
 from experiments.bench.rows import Row, read_rows
 from experiments.bench.run import main
+from experiments.server import default_model, running_server
 from sglang_stream.errors import InvalidRequest
 
 
@@ -93,6 +96,31 @@ def test_no_two_texts_are_the_same() -> None:
 def test_numbers_of_streams_must_be_positive(streams: str) -> None:
     with pytest.raises(InvalidRequest, match="--streams"):
         main(["lcp", f"--streams={streams}"])
+
+
+def test_on_the_running_engine() -> None:
+    """What needs one worker only, and the measure of workers apart against that one."""
+    rows: list[Row] = []
+    with running_server(default_model(), ["--dtype", "float32", "--enable-cache-report"]) as url:
+        [worker] = workers_of(url)
+        added.measure(url, worker.url, 2, 0, rows.append, lambda: None)
+        asyncio.run(
+            apart.measure(url, [256], [2], 1, 0, rows.append, lambda _: None, lambda _: None)
+        )
+    calls = [row for row in rows if row["bench"] == "router"]
+    assert [(row["what"], row["by"]) for row in calls] == [
+        (what, by)
+        for what in ("chunk", "first token")
+        for by in ("router", "worker", "worker", "router")
+    ]
+    answers = [row for row in rows if row["bench"] == "apart"]
+    assert [(row["mode"], row["stream"]) for row in answers] == [
+        (mode, stream) for mode in apart.MODES for stream in range(2)
+    ]
+    assert all(row["ttft_s"] > 0 and row["prompt_tokens"] == 272 for row in answers)
+    assert [row["cached_tokens"] for row in answers[:2]] == [0, 0]
+    for stream in range(2):
+        assert len({tuple(row["tokens"]) for row in answers if row["stream"] == stream}) == 1
 
 
 @pytest.mark.long
