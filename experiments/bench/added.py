@@ -30,6 +30,7 @@ _IDLE_TIMEOUT_S = 600
 _QUIET_S = 0.02
 _COMPUTED_S = 60.0
 _TOKEN_IDS = range(300, 4000)
+MAX_PAIRS = len(_TOKEN_IDS) // 4
 
 
 class ThroughRouter:
@@ -91,16 +92,32 @@ def measure(
     rng = random.Random(f"added/{seed}")
     with closing(DirectHttp(router_url)) as http, closing(DirectWorker(worker_url)) as worker:
         http.call("POST", "/flush_cache?timeout=60")  # else nothing would be computed
+        contents = _Contents(rng)
         for kind, timed in (("chunk", _chunks), ("first token", _first_tokens)):
-            for number, (by, seconds) in enumerate(timed(http, worker, pairs, rng)):
+            for number, (by, seconds) in enumerate(timed(http, worker, pairs, contents)):
                 row = {"bench": "router", "what": kind, "pair": number // 2, "by": by}
                 add(row | {"seconds": seconds})
                 if number % 2:
                     advance()
 
 
+class _Contents:
+    """Random token ids. No two chunks share their first one, so that no stream finds a token of
+    another one cached: all that it is sent is counted as computed."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._firsts = iter(rng.sample(_TOKEN_IDS, len(_TOKEN_IDS)))
+
+    def chunk(self) -> list[int]:
+        return [next(self._firsts), *self._rng.choices(_TOKEN_IDS, k=CHUNK_TOKENS - 1)]
+
+    def tail(self) -> list[int]:
+        return self._rng.choices(_TOKEN_IDS, k=TAIL_TOKENS)
+
+
 def _chunks(
-    http: DirectHttp, worker: DirectWorker, pairs: int, rng: random.Random
+    http: DirectHttp, worker: DirectWorker, pairs: int, contents: _Contents
 ) -> Iterator[tuple[By, float]]:
     """Who did it and how long an append took, pair after pair."""
     for begin in range(0, pairs, _CHUNKS_OF_A_STREAM):
@@ -108,7 +125,7 @@ def _chunks(
         for number in range(begin, min(begin + _CHUNKS_OF_A_STREAM, pairs)):
             seq = number - begin + 1
             for by in _turn(number):
-                ids = rng.choices(_TOKEN_IDS, k=CHUNK_TOKENS)
+                ids = contents.chunk()
                 began = time.perf_counter()
                 streams[by].append(seq, ids)
                 yield by, time.perf_counter() - began
@@ -118,16 +135,16 @@ def _chunks(
 
 
 def _first_tokens(
-    http: DirectHttp, worker: DirectWorker, pairs: int, rng: random.Random
+    http: DirectHttp, worker: DirectWorker, pairs: int, contents: _Contents
 ) -> Iterator[tuple[By, float]]:
     """Who did it and how long the first token of a computed stream took, pair after pair."""
     for number in range(pairs):
         streams = _both(http, worker)
         for stream in streams.values():
-            stream.append(1, rng.choices(_TOKEN_IDS, k=CHUNK_TOKENS))
+            stream.append(1, contents.chunk())
             _let_compute(worker, stream.id)
         for by in _turn(number):
-            yield by, streams[by].first_token_s(rng.choices(_TOKEN_IDS, k=TAIL_TOKENS))
+            yield by, streams[by].first_token_s(contents.tail())
             time.sleep(_QUIET_S)
 
 

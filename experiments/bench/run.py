@@ -105,8 +105,11 @@ def bench(
         int, typer.Option(min=1, help="ttft, apart: how often each is measured.")
     ] = 5,
     pairs: Annotated[
-        int, typer.Option(min=1, help="router: calls on each side of a comparison.")
-    ] = 200,
+        int,
+        typer.Option(
+            min=1, max=added.MAX_PAIRS, help="router: calls on each side of a comparison."
+        ),
+    ] = 100,
     rounds: Annotated[
         int, typer.Option(min=1, help="traffic: rounds of each server; router: of chunks.")
     ] = 10,
