@@ -24,7 +24,7 @@ from sglang_stream.errors import EngineFailure, from_fields
 
 CHUNK_TOKENS = 200
 CHUNKS_OF_A_CALL = 50
-_ID_STREAMS, _ID_CALLS = 120, 3
+_ID_STREAMS, _ID_CALLS = 300, 1
 _TEXT_STREAMS, _TEXT_CALLS = 120, 30
 _IDLE_TIMEOUT_S = 600
 _COMPUTED_S = 300.0
