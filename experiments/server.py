@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -73,6 +74,33 @@ def running_sglang(
     ours, plain = ["sglang_stream.cli", "worker"], ["sglang.launch_server"]
     command = [sys.executable, "-m", *(ours if streams else plain), "--model-path", str(model_path)]
     with _running(command, flags, "/health", start_timeout_s, waiting) as url:
+        yield url
+
+
+@dataclass(frozen=True)
+class SglangWorker:
+    """A worker apart. `bootstrap_port`: of a prefill worker, None for a decode worker."""
+
+    url: str
+    bootstrap_port: int | None
+
+
+@contextmanager
+def running_sglang_router(
+    workers: Sequence[SglangWorker], *, start_timeout_s: float = 60.0
+) -> Iterator[str]:
+    """Starts SGLang's own router before `workers` and gives its address once it answers.
+
+    Raises as `running_server` does.
+    """
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
+    flags = ["--host", "127.0.0.1", "--prometheus-port", str(free_port())]
+    for worker in workers:
+        if worker.bootstrap_port is None:
+            flags += ["--decode", worker.url]
+        else:
+            flags += ["--prefill", worker.url, str(worker.bootstrap_port)]
+    with _running(command, flags, "/readiness", start_timeout_s, lambda _: None) as url:
         yield url
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import time
@@ -232,6 +233,9 @@ class Cluster:
             if self._model is None or (self._model_of != wanted and not others):
                 texts = await asyncio.to_thread(load_model_texts, info.server)
                 prompts = PromptBuilder(texts, info.vocab_size, self._config.max_chunk_bytes)
+                # What was loaded by now stays: the collector need not walk it again and again.
+                gc.collect()
+                gc.freeze()
                 self._model = Model(info.model, info.context_len, prompts)
                 self._model_of = wanted
             elif self._model_of != wanted:

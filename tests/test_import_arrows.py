@@ -40,6 +40,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "sglang_stream.sdk",
         "sglang_stream.config",
         "sglang_stream.errors",
+        "sglang_stream.messages",
         "retrieval_clients",
         "router.placement",
     ),

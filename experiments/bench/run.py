@@ -17,12 +17,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.bench import attention, lcp, traffic, ttft
+from experiments.bench import added, apart, attention, chat, lcp, rates, router, traffic, ttft
 from experiments.bench.rows import Row, RowFile, manifest, read_rows
-from experiments.server import default_model, running_server, running_sglang
+from experiments.server import (
+    default_model,
+    running_server,
+    running_sglang,
+    running_sglang_router,
+)
 from sglang_stream.errors import EngineFailure, InvalidRequest
 
 _TABLE_WIDTH = 120
+_APART = ("--decode-workers", "1")
+# The worker looks for chunks between two passes: short ones, or it is what limits their number.
+_SHORT_PASSES = ("--stream-pass-tokens", "32")
 
 Add = Callable[[Row], None]
 
@@ -31,6 +39,8 @@ class Part(str, Enum):
     """The measurements, in the order in which they run."""
 
     TTFT = "ttft"
+    APART = "apart"
+    ROUTER = "router"
     TRAFFIC = "traffic"
     LCP = "lcp"
     ATTENTION = "attention"
@@ -38,6 +48,8 @@ class Part(str, Enum):
 
 TABLES: dict[Part, Callable[[Sequence[Row]], Table]] = {
     Part.TTFT: ttft.table,
+    Part.APART: apart.table,
+    Part.ROUTER: router.table,
     Part.TRAFFIC: traffic.table,
     Part.LCP: lcp.table,
     Part.ATTENTION: attention.table,
@@ -52,7 +64,10 @@ class Settings:
     own_model: bool
     flags: list[str]
     sizes: list[int]
+    apart_sizes: list[int]
+    streams: list[int]
     repeats: int
+    pairs: int
     rounds: int
     seed: int
 
@@ -82,8 +97,22 @@ def bench(
     sizes: Annotated[
         str, typer.Option(help="ttft: tokens of the prompts, with commas between.")
     ] = "2048,8192,16384",
-    repeats: Annotated[int, typer.Option(min=1, help="ttft: how often each is measured.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="traffic: rounds of each server.")] = 10,
+    apart_sizes: Annotated[str, typer.Option(help="apart: as --sizes.")] = "4096,16384",
+    streams: Annotated[
+        str, typer.Option(help="apart: prompts at once, with commas between.")
+    ] = "1,8",
+    repeats: Annotated[
+        int, typer.Option(min=1, help="ttft, apart: how often each is measured.")
+    ] = 5,
+    pairs: Annotated[
+        int,
+        typer.Option(
+            min=1, max=added.MAX_PAIRS, help="router: calls on each side of a comparison."
+        ),
+    ] = 100,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="traffic: rounds of each server; router: of chunks.")
+    ] = 10,
     seed: Annotated[int, typer.Option(help="Of all prompts.")] = 0,
     out: Annotated[
         Path | None,
@@ -101,6 +130,12 @@ def bench(
     waiting for all of them, streaming, re-sending the growing prompt to plain
     SGLang, and the limit: everything before the last chunk cached.
 
+    [bold]apart[/]: the first three of them on two prefill workers and a decode
+    worker, one prompt alone and eight at once.
+
+    [bold]router[/]: what it adds to a chunk and to the first token, how many
+    chunks it takes, and chat completions against sglang-router.
+
     [bold]traffic[/]: ordinary requests with stream support and without.
 
     [bold]lcp[/]: the common prefix of two long prompts.
@@ -116,11 +151,23 @@ def bench(
         _print_tables(console, read_rows(show))
         return
     chosen = [part for part in Part if part in (parts or Part)]
-    lengths = _lengths(sizes)
+    lengths, apart_lengths = _lengths(sizes, "--sizes"), _lengths(apart_sizes, "--apart-sizes")
+    counts = _numbers(streams, 1, "--streams")
     file = RowFile(out or _default_file())
     model = model_path or default_model()
     flags = [*([] if model_path else ["--dtype", "float32"]), *shlex.split(sglang_flags)]
-    settings = Settings(model, model_path is not None, flags, lengths, repeats, rounds, seed)
+    settings = Settings(
+        model,
+        model_path is not None,
+        flags,
+        lengths,
+        apart_lengths,
+        counts,
+        repeats,
+        pairs,
+        rounds,
+        seed,
+    )
     file.add(manifest(model, flags, seed))
     for part in chosen:
         rows: list[Row] = []
@@ -156,6 +203,73 @@ def _measure_ttft(settings: Settings, progress: Progress, add: Add) -> None:
             )
         )
         progress.update(step, description="stopping the server")
+
+
+def _measure_apart(settings: Settings, progress: Progress, add: Add) -> None:
+    step = progress.add_task("starting three workers", total=None)
+    flags = [*_APART, "--prefill-workers", "2", "--enable-cache-report", *settings.flags]
+    with running_server(settings.model_path, flags) as url:
+        progress.update(step, description="measuring prefills")
+
+        def plan(seconds: float) -> None:
+            progress.reset(step, description="workers apart", total=seconds)
+
+        asyncio.run(
+            apart.measure(
+                url,
+                settings.apart_sizes,
+                settings.streams,
+                settings.repeats,
+                settings.seed,
+                add,
+                plan,
+                lambda seconds: progress.advance(step, seconds),
+            )
+        )
+        progress.update(step, description="stopping three workers")
+
+
+def _measure_router(settings: Settings, progress: Progress, add: Add) -> None:
+    _measure_calls(settings, progress, add)
+    if chat.has_sglang_router():
+        _measure_chat(settings, progress, add)
+    else:
+        add({"bench": "router", "what": "chat", "absent": True})
+
+
+def _measure_calls(settings: Settings, progress: Progress, add: Add) -> None:
+    step = progress.add_task("starting the server", total=None)
+    flags = [*_SHORT_PASSES, *settings.flags]
+    with running_server(settings.model_path, flags) as url:
+
+        def advance() -> None:
+            progress.advance(step)
+
+        [worker] = chat.workers_of(url)
+        progress.reset(step, description="what the router adds", total=2 * settings.pairs)
+        added.measure(url, worker.url, settings.pairs, settings.seed, add, advance)
+        total = len(rates.FORMS) * (settings.rounds + 1)
+        progress.reset(step, description="chunks a second", total=total)
+        asyncio.run(rates.measure(url, settings.rounds, settings.seed, add, advance))
+        progress.update(step, description="stopping the server")
+
+
+def _measure_chat(settings: Settings, progress: Progress, add: Add) -> None:
+    step = progress.add_task("starting two workers", total=None)
+    flags = [*_APART, "--prefill-workers", "1", *settings.flags]
+    with (
+        running_server(settings.model_path, flags) as url,
+        running_sglang_router(chat.workers_of(url)) as other,
+    ):
+        progress.reset(step, description="chat completions", total=settings.pairs)
+        chat.measure(
+            {"router": url, "sglang-router": other},
+            settings.pairs,
+            settings.seed,
+            add,
+            lambda: progress.advance(step),
+        )
+        progress.update(step, description="stopping two workers")
 
 
 def _measure_traffic(settings: Settings, progress: Progress, add: Add) -> None:
@@ -198,6 +312,8 @@ def _measure_attention(settings: Settings, progress: Progress, add: Add) -> None
 
 _MEASURES: dict[Part, Callable[[Settings, Progress, Add], None]] = {
     Part.TTFT: _measure_ttft,
+    Part.APART: _measure_apart,
+    Part.ROUTER: _measure_router,
     Part.TRAFFIC: _measure_traffic,
     Part.LCP: _measure_lcp,
     Part.ATTENTION: _measure_attention,
@@ -218,17 +334,25 @@ def _print_tables(console: Console, rows: Sequence[Row]) -> None:
         console.print()
 
 
-def _lengths(sizes: str) -> list[int]:
+def _lengths(sizes: str, param: str) -> list[int]:
     """Raises InvalidRequest unless all are numbers that the chunks divide."""
+    return _numbers(sizes, ttft.CHUNKS, param)
+
+
+def _numbers(text: str, unit: int, param: str) -> list[int]:
+    """Raises InvalidRequest unless all are positive multiples of `unit`."""
     try:
-        lengths = [int(size) for size in sizes.split(",")]
+        numbers = [int(number) for number in text.split(",")]
     except ValueError:
-        lengths = []
-    if not lengths or any(n < ttft.CHUNKS or n % ttft.CHUNKS for n in lengths):
+        numbers = []
+    if not numbers or any(n < unit or n % unit for n in numbers):
         raise InvalidRequest(
-            f"--sizes {sizes}: give multiples of {ttft.CHUNKS}, such as 2048,8192", param="--sizes"
+            f"{param} {text}: give multiples of {unit}, such as {unit * 256},{unit * 1024}"
+            if unit > 1
+            else f"{param} {text}: give whole numbers from 1 on, such as 1,8",
+            param=param,
         )
-    return lengths
+    return numbers
 
 
 def _default_file() -> Path:

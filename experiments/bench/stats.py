@@ -13,8 +13,8 @@ _TAIL = 0.025
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """A ratio with its 95 % interval."""
+class Interval:
+    """A ratio or a difference with its 95 % interval."""
 
     value: float
     low: float
@@ -24,21 +24,42 @@ class Ratio:
         return f"{_short(self.value)} ({_short(self.low)} to {_short(self.high)})"
 
 
-def ratio_of_medians(over: Sequence[float], under: Sequence[float]) -> Ratio:
+def ratio_of_medians(over: Sequence[float], under: Sequence[float]) -> Interval:
     """The median of `over` divided by the median of `under`; item i of both is one pair."""
     return _bootstrap(over, under, lambda a, b: median(a) / median(b))
 
 
-def median_ratio(over: Sequence[float], under: Sequence[float]) -> Ratio:
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> Interval:
     """The median over all pairs of `over` divided by `under`."""
     return _bootstrap(over, under, lambda a, b: median(x / y for x, y in zip(a, b, strict=True)))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Of the values, with a straight line between two neighbours. Raises ValueError without any."""
+    if not values:
+        raise ValueError("there are no measurements")
+    ordered = sorted(values)
+    at = (len(ordered) - 1) * percent / 100
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def ratio_of_percentiles(over: Sequence[float], under: Sequence[float], percent: float) -> Interval:
+    """The percentile of `over` divided by that of `under`; item i of both is one pair."""
+    return _bootstrap(over, under, lambda a, b: percentile(a, percent) / percentile(b, percent))
+
+
+def median_difference(over: Sequence[float], under: Sequence[float]) -> Interval:
+    """The median over all pairs of `over` less `under`."""
+    return _bootstrap(over, under, lambda a, b: median(x - y for x, y in zip(a, b, strict=True)))
 
 
 def _bootstrap(
     over: Sequence[float],
     under: Sequence[float],
     statistic: Callable[[Sequence[float], Sequence[float]], float],
-) -> Ratio:
+) -> Interval:
     """The statistic, and its percentile interval over resampled pairs.
 
     Raises ValueError where the lengths differ or are zero.
@@ -51,7 +72,7 @@ def _bootstrap(
         statistic(*zip(*rng.choices(pairs, k=len(pairs)), strict=True)) for _ in range(_RESAMPLES)
     )
     edge = int(_TAIL * _RESAMPLES)
-    return Ratio(statistic(over, under), values[edge], values[-1 - edge])
+    return Interval(statistic(over, under), values[edge], values[-1 - edge])
 
 
 def _short(value: float) -> str:

@@ -114,28 +114,33 @@ async def measure(
     cells = list(schedule(sizes, repeats))
     async with MeasuredClient(url) as client:
         await client.plain(random_prompt(min(sizes), f"{seed}/warm-up").ids, ANSWER_TOKENS)
-        prefill_s = {size: await _prefill_s(client, size, seed) for size in sizes}
-        plan(sum(cell.expected_s(prefill_s[cell.size]) for cell in cells))
+        prefills = {size: await prefill_s(client, size, 1, seed) for size in sizes}
+        plan(sum(cell.expected_s(prefills[cell.size]) for cell in cells))
         for cell in cells:
             prompt = random_prompt(cell.size, f"{seed}/{cell.repeat}")
-            gap_s = (cell.pace or 0) * prefill_s[cell.size] / CHUNKS
+            gap_s = (cell.pace or 0) * prefills[cell.size] / CHUNKS
             await client.flush()
             answer = await MEASURES[cell.mode](client, prompt, gap_s)
-            add({"bench": "ttft", **asdict(cell), "gap_s": gap_s, **_fields(answer)})
-            advance(cell.expected_s(prefill_s[cell.size]))
+            add({"bench": "ttft", **asdict(cell), "gap_s": gap_s, **fields_of(answer)})
+            advance(cell.expected_s(prefills[cell.size]))
 
 
-async def _prefill_s(client: MeasuredClient, size: int, seed: int) -> float:
-    """Seconds from a waiting request to its first token, the least of some: the pace must not
-    become easier because the machine was busy."""
+async def prefill_s(client: MeasuredClient, size: int, streams: int, seed: int) -> float:
+    """Seconds from `streams` waiting requests, sent at once, to the first token of the last one.
+
+    The least of some: the pace must not become easier because the machine was busy.
+    """
     times: list[float] = []
     for i in range(_PREFILLS):
         await client.flush()
-        times.append((await client.plain(random_prompt(size, f"{seed}/prefill/{i}").ids, 1)).ttft_s)
+        prompts = [random_prompt(size, f"{seed}/prefill/{i}/{n}").ids for n in range(streams)]
+        answers = await asyncio.gather(*(client.plain(prompt, 1) for prompt in prompts))
+        times.append(max(answer.ttft_s for answer in answers))
     return min(times)
 
 
-def _fields(answer: Answer) -> Row:
+def fields_of(answer: Answer) -> Row:
+    """What a row tells of an answer."""
     row: Row = {
         "ttft_s": answer.ttft_s,
         "prompt_tokens": len(answer.prompt),
