@@ -55,8 +55,7 @@ def test_each_key_has_its_own(cluster: ClusterProcesses, url: str) -> None:
 
     assert generate(a, stream, [5], 4).error is None
     # What one key has computed, another one computes anew.
-    mine = opened(a, "append", [])
-    append(a, mine, 1, prompt)
+    mine = opened(a, "append", prompt)
     counters = generate(a, mine, [6], 4).usage["stream"]
     assert (counters["ready_tokens"], counters["computed_tokens"]) == (len(prompt), 0)
     theirs = opened(b, "append", [])
