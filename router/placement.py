@@ -3,7 +3,8 @@
 `stream_aware` predicts for each prefill worker the seconds until it could be done with the prompt:
 
     (prompt tokens still to compute there + those of this prompt that it has not cached
-     + tokens of open streams that must be computed again because their KV has to make room)
+     + tokens of open streams that must be computed again because their KV has to make room
+     + tokens that its open streams are still to bring)
     / its speed
 
 and takes the least. A shared prefix thus draws a stream to the worker that has it, until that
@@ -20,6 +21,7 @@ from sglang_stream.config import PlacementName
 
 _TYPICAL_TOKENS_PER_S = 2000.0  # only until a worker has told its own
 _SAME_S = 0.005  # predictions closer than this are a tie
+_TO_COME = 512  # tokens that an open stream is expected to bring yet: a page or two
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def predicted_s(worker: WorkerView, prompt_tokens: int) -> float:
     speed = worker.tokens_per_s or _TYPICAL_TOKENS_PER_S
     missing = max(0, prompt_tokens - worker.shared_tokens)
     displaced = min(worker.held_tokens, max(0, missing - worker.free_tokens))
-    return (worker.todo_tokens + missing + displaced) / speed
+    to_come = worker.streams * _TO_COME
+    return (worker.todo_tokens + missing + displaced + to_come) / speed
 
 
 def _stream_aware(workers: Sequence[WorkerView], prompt_tokens: int) -> Choice:

@@ -119,3 +119,10 @@ def test_decode_prefers_room_and_then_fewer_requests() -> None:
     assert choose_decode("stream_aware", [full, busy, calm], 9000, 0).name == "full"
     in_turn = [choose_decode("round_robin", [full, busy], 1, turn).name for turn in range(4)]
     assert in_turn == ["full", "busy"] * 2
+
+
+def test_an_open_stream_is_work_to_come() -> None:
+    """Two workers of different speed share streams whose contexts are still short."""
+    quick = WorkerView("quick", tokens_per_s=2500.0, streams=1)
+    slow = WorkerView("slow", tokens_per_s=1500.0)
+    assert choose_prefill("stream_aware", [quick, slow], 30, 0).name == "slow"
