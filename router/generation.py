@@ -16,8 +16,8 @@ from typing import Any
 
 import anyio
 
+from router.events import WorkerEvent
 from router.increments import Increments, Piece
-from router.worker import WorkerEvent
 from sglang_stream.errors import EngineFailure, StreamError, WorkerUnavailable
 from sglang_stream.messages import Usage
 

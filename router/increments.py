@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from router.worker import WorkerEvent
+from router.events import WorkerEvent
 from sglang_stream.errors import EngineFailure
 
 _decode_ids = msgspec.json.Decoder(list[int]).decode

@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any
 
-from router.worker import Worker, WorkerEvent
+from router.events import WorkerEvent
+from router.worker import Worker
 from sglang_stream.errors import EngineFailure, StreamError
 from sglang_stream.messages import Abort, Open, SealCall, pack_tokens
 

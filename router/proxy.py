@@ -158,6 +158,8 @@ class ForwardedAnswer(Response):
             return calling.result()
         except BaseException:
             await _ended(calling)
+            if not calling.cancelled() and calling.exception() is None:
+                await calling.result().aclose()  # it came just when the client left
             raise
         finally:
             for task in watching:

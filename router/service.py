@@ -9,48 +9,39 @@ a stream in order, knows who generates, and sees to it that no stream is lost wi
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import random
 import time
-from array import array
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, suppress
-from secrets import token_hex
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import httpx
-import msgspec
 
+from router.attempts import Attempts
 from router.auth import Caller
 from router.backoff import RetryBudget, RetryPolicy
 from router.cluster import Cluster
 from router.generation import Generation
 from router.identity import StreamIds
 from router.increments import Increments
-from router.legs import generate_apart
 from router.metrics import RouterMetrics
 from router.moves import Moves
 from router.sampling import sampling_params
 from router.schemas import ChunksBody, ContextBody, GenerateBody, OpenBody
 from router.streams import Placement, Stream, Streams, unknown
-from router.worker import Worker, WorkerEvent
+from router.worker import Worker
 from sglang_stream.config import RouterConfig
 from sglang_stream.errors import (
     ContextLengthExceeded,
-    EngineFailure,
     GenerationStarted,
-    InvalidRequest,
     LimitReached,
     Malformed,
     ModelNotFound,
-    SequenceConflict,
     SequenceGap,
     StreamError,
     StreamMoved,
     StreamNotFound,
     StreamSealed,
-    TooLarge,
     WorkerUnavailable,
 )
 from sglang_stream.messages import (
@@ -59,9 +50,7 @@ from sglang_stream.messages import (
     Append,
     Open,
     Query,
-    SealCall,
     Update,
-    Usage,
     digest,
     pack_tokens,
 )
@@ -70,7 +59,6 @@ logger = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
 _TRIES = 4
-_REFUSALS = (InvalidRequest, LimitReached, TooLarge)
 
 
 class StreamService:
@@ -97,6 +85,15 @@ class StreamService:
         )
         self.budget = RetryBudget()
         self._moves = Moves(self.cluster, self.streams, self._ids, metrics)
+        self._attempts = Attempts(
+            self.cluster,
+            self.streams,
+            self._moves,
+            metrics,
+            self.retries,
+            self.budget,
+            self._in_background,
+        )
         metrics.watch(self.streams.open_count, self.cluster.states)
 
     async def run(self) -> None:
@@ -258,152 +255,14 @@ class StreamService:
                 Increments(incremental, bool(body.return_token_ids)),
                 self._config.resume_grace_s,
                 self._config.request_timeout_secs,
-                on_first_token=lambda ttft_s: self._first_token(stream, ttft_s),
+                on_first_token=lambda ttft_s: self._attempts.first_token(stream, ttft_s),
                 on_abandoned=lambda: self._abandoned(stream, generation),
             )
             stream.generation, stream.tail = generation, tail
         self.budget.request(time.monotonic())
         params = sampling_params(body, model.prompts.defaults(stream.opening))
-        generation.start(self._events(stream, generation, params, body.last_seq))
+        generation.start(self._attempts.events(stream, generation, params, body.last_seq))
         return stream, generation
-
-    async def _events(
-        self, stream: Stream, generation: Generation, params: dict[str, Any], last_seq: int | None
-    ) -> AsyncIterator[WorkerEvent]:
-        """The workers' events, over as many attempts as it takes, and what they mean for the
-        stream."""
-        now, failed = params, False
-        for attempt in itertools.count():
-            try:
-                if failed and stream.state != "open":
-                    now = generation.increments.resume(params, self.cluster.model.prompts.is_whole)
-                    await self._moves.reopen(stream, self._whole(stream, generation))
-                    seal = SealCall(stream.id)  # the tail has gone with the prompt
-                else:
-                    if failed:
-                        await self._moves.again(stream)
-                    seal = self._seal(stream, last_seq)
-                events = self._attempt(stream, generation, now, seal)
-                async with aclosing(events):  # type: ignore[type-var]
-                    async for event in events:
-                        ended = event.meta_info.finish_reason is not None
-                        stream.state = "finished" if ended else "sealed"
-                        stream.touch()
-                        yield event
-                return
-            except (WorkerUnavailable, EngineFailure) as e:
-                if stream.state == "finished":
-                    raise
-                if attempt == self.retries.max_retries or not self._may_try_again(e):
-                    await self._after_failure(stream)
-                    raise
-                failed = True
-                logger.warning("stream %s: %s; trying again", stream.id, e.message)
-                await asyncio.sleep(self.retries.delay_s(attempt + 1, random.random))
-            except (SequenceGap, SequenceConflict):
-                if last_seq is not None or attempt == self.retries.max_retries:
-                    await self._after_failure(stream)
-                    raise
-                failed = False
-                await self._moves.sync(stream)
-            except StreamError as e:
-                await self._after_failure(stream)
-                if isinstance(e, _REFUSALS) and not generation.begun:
-                    await self._unseal(stream)
-                raise
-
-    @staticmethod
-    def _seal(stream: Stream, last_seq: int | None) -> SealCall:
-        """The seal of just the tokens that are known here, which a decode worker is told of."""
-        assert stream.tail is not None
-        last_seq = stream.known_seq if last_seq is None else last_seq
-        return SealCall(stream.id, last_seq, stream.tail.tolist())
-
-    async def _attempt(
-        self, stream: Stream, generation: Generation, params: dict[str, Any], seal: SealCall
-    ) -> AsyncIterator[WorkerEvent]:
-        """One attempt: on the worker that holds the stream, and on a decode worker if that one
-        only computes prompts."""
-        worker = await self._moves.ensure(stream)
-        seal = msgspec.structs.replace(seal, epoch=stream.epoch)
-        request = {
-            "rid": token_hex(16),
-            "input_ids": [0],
-            "stream": True,
-            "sampling_params": {**params, "custom_params": seal.to_custom_params()},
-        }
-        if worker.role == "unified":
-            attempt = worker.generate(request)
-        else:
-            prompt = self._whole(stream, generation)
-            decode = await self.cluster.place_decode(len(prompt) + (params["max_new_tokens"] or 1))
-            self._metrics.migrations.inc()
-            attempt = generate_apart(worker, decode, request, prompt, self._in_background)
-        async with aclosing(attempt) as events:  # type: ignore[type-var]
-            async for event in events:
-                yield event
-
-    @staticmethod
-    def _whole(stream: Stream, generation: Generation) -> array[int]:
-        """All ids of the prompt, with those of the answer that are kept."""
-        context = stream.context()
-        if context is None or stream.tail is None:
-            raise EngineFailure(f"not all tokens of stream {stream.id} are known here: ask again")
-        return context + stream.tail + array("i", generation.increments.kept)
-
-    def _may_try_again(self, error: StreamError) -> bool:
-        """Whether another attempt can help and may be made.
-
-        A lost worker's generations always go on elsewhere; a failure of a worker that lives counts
-        against the budget, and the only worker is not asked again.
-        """
-        if isinstance(error, WorkerUnavailable):
-            return True
-        return len(self.cluster.workers) > 1 and self.budget.may_retry(time.monotonic())
-
-    async def _after_failure(self, stream: Stream) -> None:
-        """Asks the worker what a failed generation left: a refused seal leaves the stream open."""
-        if stream.worker is None:
-            if stream.state == "open":
-                stream.generation = None
-            return
-        try:
-            status = await stream.worker.status(Query(stream.id, stream.owner))
-        except StreamNotFound:
-            self.streams.forget(stream)
-            return
-        except WorkerUnavailable:
-            # Not known; the worker will tell when it is asked to seal again.
-            if stream.state == "open":
-                stream.generation = None
-            return
-        stream.state = status.state
-        if status.state == "open":
-            stream.generation = None
-
-    async def _unseal(self, stream: Stream) -> None:
-        """Leaves a stream open whose request a decode worker has refused: its prefill worker has
-        sealed it by then."""
-        worker = stream.worker
-        if worker is None or worker.role != "prefill" or stream.state not in ("sealed", "finished"):
-            return
-        try:
-            await self._moves.again(stream)
-        except StreamError as e:
-            logger.warning("stream %s could not be left open: %s", stream.id, e.message)
-        else:
-            stream.generation = None
-
-    async def _first_token(self, stream: Stream, ttft_s: float) -> Usage | None:
-        self._metrics.ttft.observe(ttft_s)
-        if stream.worker is None:
-            return None
-        try:
-            stream.usage = (await stream.worker.status(Query(stream.id, stream.owner))).usage
-        except StreamError as e:
-            logger.warning("no counters for stream %s: %s", stream.id, e.message)
-            return None
-        return stream.usage
 
     def _abandoned(self, stream: Stream, generation: Generation) -> None:
         """Nobody reads the generation any more."""

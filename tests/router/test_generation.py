@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from router.events import MetaInfo, WorkerEvent
 from router.generation import Generation
 from router.increments import Increments
-from router.worker import MetaInfo, WorkerEvent
 from sglang_stream.errors import EngineFailure, StreamError, StreamNotFound, WorkerUnavailable
 from sglang_stream.messages import Usage
 

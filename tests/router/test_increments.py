@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.events import MetaInfo, WorkerEvent
 from router.increments import Increments
-from router.worker import MetaInfo, WorkerEvent
 from sglang_stream.errors import EngineFailure
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 999}

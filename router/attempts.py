@@ -1,0 +1,208 @@
+"""The attempts that make up one generation: retried, continued elsewhere, or given up.
+
+attempt --ends--> done
+   | worker lost, or a failure that another worker may not have
+   |-- before the first event: the stream is opened anew with its chunks, and sealed again
+   `-- after it: a new stream with the whole prompt and the tokens kept (`increments`)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import time
+from array import array
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from secrets import token_hex
+from typing import Any
+
+import msgspec
+
+from router.backoff import RetryBudget, RetryPolicy
+from router.cluster import Cluster
+from router.events import WorkerEvent
+from router.generation import Generation
+from router.legs import generate_apart
+from router.metrics import RouterMetrics
+from router.moves import Moves
+from router.streams import Stream, Streams
+from sglang_stream.errors import (
+    EngineFailure,
+    InvalidRequest,
+    LimitReached,
+    SequenceConflict,
+    SequenceGap,
+    StreamError,
+    StreamNotFound,
+    TooLarge,
+    WorkerUnavailable,
+)
+from sglang_stream.messages import Query, SealCall, Usage
+
+logger = logging.getLogger(__name__)
+
+_REFUSALS = (InvalidRequest, LimitReached, TooLarge)
+
+
+class Attempts:
+    """Generates for the streams of one router. `in_background` runs what nobody waits for."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        streams: Streams,
+        moves: Moves,
+        metrics: RouterMetrics,
+        retries: RetryPolicy,
+        budget: RetryBudget,
+        in_background: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._cluster = cluster
+        self._streams = streams
+        self._moves = moves
+        self._metrics = metrics
+        self._retries = retries
+        self._budget = budget
+        self._in_background = in_background
+
+    async def events(
+        self, stream: Stream, generation: Generation, params: dict[str, Any], last_seq: int | None
+    ) -> AsyncIterator[WorkerEvent]:
+        """The workers' events, over as many attempts as it takes, and what they mean for the
+        stream."""
+        now, failed = params, False
+        for attempt in itertools.count():
+            try:
+                if failed and stream.state != "open":
+                    now = generation.increments.resume(params, self._cluster.model.prompts.is_whole)
+                    await self._moves.reopen(stream, self._whole(stream, generation))
+                    seal = SealCall(stream.id)  # the tail has gone with the prompt
+                else:
+                    if failed:
+                        await self._moves.again(stream)
+                    seal = self._seal(stream, last_seq)
+                events = self._attempt(stream, generation, now, seal)
+                async with aclosing(events):  # type: ignore[type-var]
+                    async for event in events:
+                        ended = event.meta_info.finish_reason is not None
+                        stream.state = "finished" if ended else "sealed"
+                        stream.touch()
+                        yield event
+                return
+            except (WorkerUnavailable, EngineFailure) as e:
+                if stream.state == "finished":
+                    raise
+                if attempt == self._retries.max_retries or not self._may_try_again(e):
+                    await self._after_failure(stream)
+                    raise
+                failed = True
+                logger.warning("stream %s: %s; trying again", stream.id, e.message)
+                await asyncio.sleep(self._retries.delay_s(attempt + 1, random.random))
+            except (SequenceGap, SequenceConflict):
+                if last_seq is not None or attempt == self._retries.max_retries:
+                    await self._after_failure(stream)
+                    raise
+                failed = False
+                await self._moves.sync(stream)
+            except StreamError as e:
+                await self._after_failure(stream)
+                if isinstance(e, _REFUSALS) and not generation.begun:
+                    await self._unseal(stream)
+                raise
+
+    @staticmethod
+    def _seal(stream: Stream, last_seq: int | None) -> SealCall:
+        """The seal of just the tokens that are known here, which a decode worker is told of."""
+        assert stream.tail is not None
+        last_seq = stream.known_seq if last_seq is None else last_seq
+        return SealCall(stream.id, last_seq, stream.tail.tolist())
+
+    async def _attempt(
+        self, stream: Stream, generation: Generation, params: dict[str, Any], seal: SealCall
+    ) -> AsyncIterator[WorkerEvent]:
+        """One attempt: on the worker that holds the stream, and on a decode worker if that one
+        only computes prompts."""
+        worker = await self._moves.ensure(stream)
+        seal = msgspec.structs.replace(seal, epoch=stream.epoch)
+        request = {
+            "rid": token_hex(16),
+            "input_ids": [0],
+            "stream": True,
+            "sampling_params": {**params, "custom_params": seal.to_custom_params()},
+        }
+        if worker.role == "unified":
+            attempt = worker.generate(request)
+        else:
+            prompt = self._whole(stream, generation)
+            decode = await self._cluster.place_decode(len(prompt) + (params["max_new_tokens"] or 1))
+            self._metrics.migrations.inc()
+            attempt = generate_apart(worker, decode, request, prompt, self._in_background)
+        async with aclosing(attempt) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
+
+    @staticmethod
+    def _whole(stream: Stream, generation: Generation) -> array[int]:
+        """All ids of the prompt, with those of the answer that are kept."""
+        context = stream.context()
+        if context is None or stream.tail is None:
+            raise EngineFailure(f"not all tokens of stream {stream.id} are known here: ask again")
+        return context + stream.tail + array("i", generation.increments.kept)
+
+    def _may_try_again(self, error: StreamError) -> bool:
+        """Whether another attempt can help and may be made.
+
+        A lost worker's generations always go on elsewhere; a failure of a worker that lives counts
+        against the budget, and the only worker is not asked again.
+        """
+        if isinstance(error, WorkerUnavailable):
+            return True
+        return len(self._cluster.workers) > 1 and self._budget.may_retry(time.monotonic())
+
+    async def _after_failure(self, stream: Stream) -> None:
+        """Asks the worker what a failed generation left: a refused seal leaves the stream open."""
+        if stream.worker is None:
+            if stream.state == "open":
+                stream.generation = None
+            return
+        try:
+            status = await stream.worker.status(Query(stream.id, stream.owner))
+        except StreamNotFound:
+            self._streams.forget(stream)
+            return
+        except WorkerUnavailable:
+            # Not known; the worker will tell when it is asked to seal again.
+            if stream.state == "open":
+                stream.generation = None
+            return
+        stream.state = status.state
+        if status.state == "open":
+            stream.generation = None
+
+    async def _unseal(self, stream: Stream) -> None:
+        """Leaves a stream open whose request a decode worker has refused: its prefill worker has
+        sealed it by then."""
+        worker = stream.worker
+        if worker is None or worker.role != "prefill" or stream.state not in ("sealed", "finished"):
+            return
+        try:
+            await self._moves.again(stream)
+        except StreamError as e:
+            logger.warning("stream %s could not be left open: %s", stream.id, e.message)
+        else:
+            stream.generation = None
+
+    async def first_token(self, stream: Stream, ttft_s: float) -> Usage | None:
+        """Notes the time of the first token; the stream's counters, None if they are not told."""
+        self._metrics.ttft.observe(ttft_s)
+        if stream.worker is None:
+            return None
+        try:
+            stream.usage = (await stream.worker.status(Query(stream.id, stream.owner))).usage
+        except StreamError as e:
+            logger.warning("no counters for stream %s: %s", stream.id, e.message)
+            return None
+        return stream.usage
