@@ -47,6 +47,8 @@ MOST_FAILURES = 5
 """Told of in one run."""
 
 LIMITS = ("max_tokens", "max_completion_tokens")
+GRAMMARS = ("regex", "ebnf", "json_schema", "response_format")
+"""Left out: a generated grammar can keep the engine's grammar library busy for minutes."""
 
 MODES = [GenerationMode.POSITIVE, GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
 
@@ -191,10 +193,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _short(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The body with a limit of few tokens, where it is one of a generation."""
+    """The body with a limit of few tokens and no grammar, where it is one of a generation."""
     if not path.endswith(("/generate", "/completions")):
         return body
-    body = dict(body)
+    body = {name: value for name, value in body.items() if name not in GRAMMARS}
     for name in LIMITS:
         if _is_number(body.get(name)) and body[name] > MOST_TOKENS:
             body[name] = MOST_TOKENS

@@ -60,6 +60,9 @@ def server_args(**values: object) -> SimpleNamespace:
         "mem_fraction_static": None,
         "max_running_requests": None,
         "tp_size": 1,
+        "grammar_backend": "xgrammar",
+        "disaggregation_mode": "null",
+        "disable_overlap_schedule": False,
     }
     return SimpleNamespace(**{**defaults, **values})
 
@@ -79,6 +82,17 @@ def test_defaults_are_those_of_a_cpu(waiting: pytest.MonkeyPatch) -> None:
     assert args.max_total_tokens == platform.MAX_TOTAL_TOKENS
     assert args.max_running_requests == platform.MAX_RUNNING_REQUESTS
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert args.grammar_backend == "llguidance"
+    assert not args.disable_overlap_schedule
+
+
+def test_workers_apart_move_kv_by_tcp_and_without_overlap(waiting: pytest.MonkeyPatch) -> None:
+    waiting.setenv("MC_FORCE_TCP", "")
+    del os.environ["MC_FORCE_TCP"]
+    args = server_args(disaggregation_mode="prefill")
+    CpuPlatform().apply_server_args_defaults(args)
+    assert os.environ["MC_FORCE_TCP"] == "1"
+    assert args.disable_overlap_schedule
 
 
 def test_what_the_user_chose_stays(waiting: pytest.MonkeyPatch) -> None:
