@@ -238,8 +238,9 @@ class StreamService:
             if stream.state != "open":
                 raise _sealed(stream)
             worker = await self._moves.ensure(stream)
-            if stream.context() is None or body.last_seq != stream.known_seq:
-                await self._moves.sync(stream)  # other routers may have sent the rest
+            if stream.context() is None or body.last_seq not in (None, stream.known_seq):
+                # Other routers have sent the rest. Without `last_seq` the seal tells (`Attempts`).
+                await self._moves.sync(stream)
             room = model.context_len - stream.tokens - len(tail)
             if room < (body.limit or 1):
                 raise ContextLengthExceeded(
