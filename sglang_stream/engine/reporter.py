@@ -24,6 +24,7 @@ _MARGIN = 2.0  # forwards of the same size differ by this much, attention over a
 _UNKNOWN_S_PER_TOKEN = 0.005  # before the first forward
 _MEASURED_TOKENS = 64  # a smaller forward says little of the speed
 _SMOOTHING = 0.3
+_KEPT = 0.8  # of a forward's weight in the speed, with each later one
 
 
 class Reporter:
@@ -38,7 +39,9 @@ class Reporter:
         self._seq = 0
         self._next_s = 0.0
         self._last: m.Report | None = None
-        self._s_per_token = 0.0
+        self._s_per_token = 0.0  # of the slow forwards
+        self._tokens = 0.0
+        self._seconds = 0.0
         self._forward: tuple[int, float] | None = None
 
     def before_forward(self, tokens: int) -> None:
@@ -61,6 +64,8 @@ class Reporter:
                 # Quick to see that forwards take longer, slow to forget it.
                 weight = 1.0 if measured > before else _SMOOTHING
                 self._s_per_token = before + weight * (measured - before)
+                self._tokens = tokens + _KEPT * self._tokens
+                self._seconds = now - started_s + _KEPT * self._seconds
         if now >= self._next_s:
             if self._channel.has_routers:
                 self._send(0.0, now)
@@ -103,7 +108,7 @@ class Reporter:
             running=len(scheduler.running_batch.reqs),
             queued=len(waiting),
             open_streams=self._table.open_count,
-            tokens_per_s=1 / self._s_per_token if self._s_per_token else 0.0,
+            tokens_per_s=self._tokens / self._seconds if self._seconds else 0.0,
             cached=b"".join(cached),
             evicted=b"".join(evicted),
         )

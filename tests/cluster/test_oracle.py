@@ -64,7 +64,8 @@ def test_streams_spread_over_the_prefill_workers(cluster: ClusterProcesses) -> N
     http = cluster.http
     streams = [opened(http, "append", tokens(f"spread {i}", 30)) for i in range(6)]
     held = [http.get(f"/v1/streams/{s}").json()["prefill_worker"] for s in streams]
-    assert sorted(held.count(w.url) for w in cluster.of_role("prefill")) == [3, 3]
+    # Half each where both are as fast; one that computes faster gets a larger share, never all.
+    assert min(held.count(w.url) for w in cluster.of_role("prefill")) >= 2
 
 
 def test_a_shared_prefix_draws_a_stream(cluster: ClusterProcesses) -> None:
