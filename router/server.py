@@ -294,6 +294,7 @@ def run(config: RouterConfig) -> None:
             host=config.host,
             port=config.port,
             access_log=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=DRAIN_S,
             timeout_keep_alive=KEEP_ALIVE_S,
         )

@@ -269,7 +269,7 @@ class StreamService:
         """Nobody reads the generation any more."""
         if stream.generation is not generation:
             return  # its seal was refused and the stream went on without it
-        stream.chunks.clear()
+        stream.forget_chunks()
         if generation.ended:
             generation.stop(unknown(stream.id))
         else:

@@ -87,6 +87,7 @@ class Stream:
     moving: Lock = field(default_factory=Lock)
     generation: Generation | None = None
     touched_s: float = field(default_factory=time.monotonic)
+    _known_seq: int = 0
     _placed: list[bytes] = field(default_factory=list)
     _placed_before: dict[int, list[bytes]] = field(default_factory=dict)
 
@@ -135,6 +136,11 @@ class Stream:
                 placed=self._placed if placed is None else placed,
             )
         )
+
+    def forget_chunks(self) -> None:
+        """Frees the ids of the context, which nobody will ask for any more."""
+        self.chunks = {}
+        self._known_seq = 0
 
     def touch(self) -> None:
         self.touched_s = time.monotonic()
@@ -188,10 +194,9 @@ class Stream:
         """Up to which number the ids are known here, without gaps in append mode."""
         if self.mode == "update":
             return max(self.chunks, default=0)
-        seq = 0
-        while seq + 1 in self.chunks:
-            seq += 1
-        return seq
+        while self._known_seq + 1 in self.chunks:
+            self._known_seq += 1
+        return self._known_seq
 
     @property
     def bytes(self) -> int:

@@ -257,7 +257,7 @@ class Worker:
                     raise http_error(response.status_code, await response.aread())
                 async for data in sse_data(response.aiter_bytes()):
                     if data == b"[DONE]":
-                        return
+                        continue  # a connection whose answer is read to its end is used again
                     event = decode_event(data)
                     raise_failure(event)
                     yield event
