@@ -11,20 +11,24 @@ from sglang_stream.config import EngineConfig
 from sglang_stream.errors import StreamNotFound
 from tests.harness import Worker, running_worker
 
+_TWO_RANKS = ("--tp-size", "2")
+_SMALL_CHUNKS = ("--chunked-prefill-size", "96", "--schedule-policy", "lpm")
+_PAGES = ("--page-size", "16")
+_NO_OVERLAP = ("--disable-overlap-schedule",)
+
 VARIANTS = {
-    "no-overlap": ("--disable-overlap-schedule",),
-    "pages-of-16": ("--page-size", "16"),
-    "small-chunked-prefill": ("--chunked-prefill-size", "96", "--schedule-policy", "lpm"),
-    "two-ranks": ("--tp-size", "2"),
+    "small-chunked-prefill-no-overlap": (*_SMALL_CHUNKS, *_NO_OVERLAP),
+    "two-ranks-pages-of-16": (*_TWO_RANKS, *_PAGES),
 }
 LONG_VARIANTS = {
-    "pages-of-16-no-overlap": ("--page-size", "16", "--disable-overlap-schedule"),
+    "no-overlap": _NO_OVERLAP,
+    "pages-of-16": _PAGES,
+    "small-chunked-prefill": _SMALL_CHUNKS,
+    "two-ranks": _TWO_RANKS,
+    "pages-of-16-no-overlap": (*_PAGES, *_NO_OVERLAP),
     "priorities": ("--enable-priority-scheduling", "--schedule-policy", "fcfs"),
     "no-chunked-prefill": ("--chunked-prefill-size", "-1"),
-    "two-ranks-pages": ("--tp-size", "2", "--page-size", "16"),
 }
-ENVIRONMENT = {"two-ranks": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
-ENVIRONMENT["two-ranks-pages"] = ENVIRONMENT["two-ranks"]
 
 
 def tokens(seed: object, length: int) -> list[int]:
@@ -38,8 +42,8 @@ def tokens(seed: object, length: int) -> list[int]:
 def test_oracle(log_dir: Path, name: str) -> None:
     flags = {**VARIANTS, **LONG_VARIANTS}[name]
     config = EngineConfig(pass_tokens=200)
+    environment = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if "--tp-size" in flags else {}
     flags = ("--context-length", "4000", "--max-total-tokens", "6000", *flags)
-    environment = ENVIRONMENT.get(name, {})
     with running_worker(log_dir / f"{name}.log", *flags, config=config, **environment) as worker:
         _appends(worker)
         worker.flush()
