@@ -144,6 +144,20 @@ class Moves:
             self._metrics.replays.labels("continued").inc()
             return await self._open_elsewhere(stream, "append", tokens)
 
+    async def abort(self, stream: Stream) -> None:
+        """Ends the stream where it is, also where another router has moved it. Raises
+        StreamNotFound, StreamSealed if its generation has ended, WorkerUnavailable."""
+        for attempt in range(_TRIES):
+            if stream.worker is None:
+                return
+            try:
+                await stream.worker.ask(Abort(stream.id, stream.epoch, stream.owner))
+                return
+            except (StreamNotFound, StreamMoved):
+                if attempt == _TRIES - 1:
+                    raise
+                await self.refresh(stream)
+
     def left(self, stream: Stream, worker: Worker) -> None:
         """Notes that `worker` may still hold a copy of a stream that has left it."""
         abort = Abort(stream.id, epoch=stream.epoch, owner=stream.owner)

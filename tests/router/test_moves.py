@@ -152,6 +152,16 @@ def test_a_router_that_knows_of_an_older_epoch_follows(pair: Rig) -> None:
     assert [e.epoch for e in sent if e.stream_id == stream and e.seq == 2] == [0, 3]
 
 
+def test_a_router_that_knows_of_an_older_epoch_deletes_the_later_one(pair: Rig) -> None:
+    router = pair.routers[0]
+    stream = opened(router)
+    worker = pair.workers[pair.holder(router, stream)]
+    held = worker.streams[stream]
+    held.opened = msgspec.structs.replace(held.opened, epoch=3)
+    assert router.delete(f"/v1/streams/{stream}").status_code == 200
+    assert stream not in worker.streams
+
+
 def test_another_opening_of_the_same_epoch_is_passed_by(pair: Rig) -> None:
     """The other router moves a stream that it takes for open, while this one continues its
     answer."""
