@@ -139,7 +139,9 @@ class Attempts:
             prompt = self._whole(stream, generation)
             decode = await self._cluster.place_decode(len(prompt) + (params["max_new_tokens"] or 1))
             self._metrics.migrations.inc()
-            attempt = generate_apart(worker, decode, request, prompt, self._in_background)
+            attempt = generate_apart(
+                worker, decode, stream.id, request, prompt, stream.owner, self._in_background
+            )
         async with aclosing(attempt) as events:  # type: ignore[type-var]
             async for event in events:
                 yield event

@@ -108,6 +108,10 @@ class Cluster:
         """The workers that may hold open streams."""
         return [w for w in self.workers.values() if w.ready and w.role != "decode"]
 
+    def decoders(self) -> list[Worker]:
+        """The workers that may give the answers of streams whose prompt another one computed."""
+        return [w for w in self.workers.values() if w.ready and w.role == "decode"]
+
     def check_all_asked(self) -> None:
         """Raises WorkerUnavailable while a worker may still be reached for the first time: what
         is not known yet may be there."""

@@ -2,7 +2,7 @@
 
     ask -> [call id][question] -> DEALER ... ROUTER of the worker's scheduler
     answer <- the call id finds who waits
-    report <- call id 0, unasked
+    report <- call id 0, unasked; `on_load` gets reports and snapshots as they were said
 
 At most `credits` questions are unanswered at once; further ones wait here, first come first
 served. Questions leave in the order in which `ask` was called.
@@ -19,6 +19,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from sglang_stream.config import SECRET_VARIABLE
 from sglang_stream.errors import EngineFailure, WorkerUnavailable, from_fields
 from sglang_stream.messages import (
     PROTOCOL,
@@ -41,13 +42,22 @@ from sglang_stream.messages import (
 
 _CALL_ID_BYTES = 8
 
+# A peer without our key closes the connection without a word; one without any key names the
+# mechanism that it wants instead.
+_REFUSALS = (
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+    | zmq.Event.HANDSHAKE_FAILED_AUTH
+)
+
 
 class Link:
     """One connection to a worker's chunk socket; made inside a running event loop.
 
     `timeout_s`: how long a question waits for its answer. It is answered by the scheduler's loop,
-    so a long forward delays it. `secret`: the worker's, if it has one. `on_report` gets what the
-    worker says unasked. `heard_s`: the loop's time at which the worker was last heard.
+    so a long forward delays it. `secret`: the worker's, if it has one. `on_load` gets what the
+    worker says unasked, and snapshots, at once and in the order in which it was said. `heard_s`:
+    the loop's time at which the worker was last heard.
     """
 
     def __init__(
@@ -56,28 +66,30 @@ class Link:
         endpoint: str,
         timeout_s: float,
         secret: str | None,
-        on_report: Callable[[Report], None],
+        on_load: Callable[[Report | Snapshot], None],
     ) -> None:
+        self._endpoint = endpoint
         self._timeout_s = timeout_s
-        self._on_report = on_report
+        self._on_load = on_load
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # the credits bound what waits to be sent
         if secret is not None:
             self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
             self._socket.curve_serverkey, _ = curve_keys(secret)
+        self._monitor = self._socket.get_monitor_socket(_REFUSALS)
         self._socket.connect(endpoint)
         self._calls = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._credits = asyncio.Semaphore(1)
         self._closed: str | None = None
-        self._reader = asyncio.create_task(self._read())
+        self._readers = [asyncio.create_task(r) for r in (self._read(), self._read_refusals())]
         self.heard_s = time.monotonic()
 
     async def hello(self, timeout_s: float | None = None) -> Welcome:
         """Greets the worker; also its heartbeat, and therefore outside the credits.
 
-        Raises WorkerUnavailable without an answer in time or for another protocol.
+        Raises WorkerUnavailable without an answer in time, for another secret or protocol.
         """
         answer = await self._exchange(Hello(PROTOCOL), timeout_s or self._timeout_s)
         if not isinstance(answer, Welcome) or answer.protocol != PROTOCOL:
@@ -92,12 +104,12 @@ class Link:
         """
         self._credits = asyncio.Semaphore(max(1, credits - 1))
 
-    async def snapshot(self) -> Snapshot:
-        """All that the worker has cached. Raises WorkerUnavailable without an answer in time."""
+    async def snapshot(self) -> None:
+        """Has `on_load` be told all that the worker has cached. Raises WorkerUnavailable without
+        an answer in time."""
         answer = await self._exchange(Resync(), self._timeout_s)
         if not isinstance(answer, Snapshot):
             raise EngineFailure(f"the worker answered with {type(answer).__name__}")
-        return answer
 
     async def ask(self, event: Event) -> Accepted | Status | Copy:
         """The worker's answer to `event`.
@@ -115,11 +127,14 @@ class Link:
 
     def close(self, reason: str) -> None:
         """Ends the link; whoever waits gets WorkerUnavailable with `reason`."""
+        if self._closed is not None:
+            return
         self._closed = reason
-        self._reader.cancel()
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(WorkerUnavailable(reason))
+        for reader in self._readers:
+            reader.cancel()
+        self._fail_all(WorkerUnavailable(reason))
+        self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
 
     async def _exchange(self, question: Question, timeout_s: float) -> Answer:
@@ -152,7 +167,24 @@ class Link:
                     error = EngineFailure(f"the worker's answer cannot be read: {e}")
                     future.set_exception(error)
                 continue
-            if isinstance(said, Report):
-                self._on_report(said)
-            elif future is not None and not future.done():
+            if isinstance(said, Report | Snapshot):
+                self._on_load(said)
+            if not isinstance(said, Report) and future is not None and not future.done():
                 future.set_result(said)  # otherwise its question has timed out
+
+    async def _read_refusals(self) -> None:
+        """Ends what waits when the worker's socket does not let us in; ZeroMQ itself only tries
+        again."""
+        while True:
+            await self._monitor.recv_multipart()
+            self._fail_all(
+                WorkerUnavailable(
+                    f"the worker's chunk socket at {self._endpoint} refused the shared secret: "
+                    f"{SECRET_VARIABLE} differs between it and this router"
+                )
+            )
+
+    def _fail_all(self, error: WorkerUnavailable) -> None:
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(error)

@@ -22,9 +22,13 @@ class WorkerLoad:
         self._seq: int | None = None
 
     def apply(self, report: Report, now_s: float) -> bool:
-        """Takes a report; False if one before it was missed, so that a snapshot is needed."""
-        self.latest = report
-        self.busy_until_s = now_s + report.busy_s
+        """Takes a report; False if one before it was missed, so that a snapshot is needed.
+
+        One that comes late, after a snapshot or a report that holds it already, changes nothing.
+        """
+        if report.seq > self.latest.seq:
+            self.latest = report
+            self.busy_until_s = now_s + report.busy_s
         if self._seq is None or report.seq <= self._seq:
             return self._seq is not None
         if report.seq != self._seq + 1:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from array import array
+from collections import deque
 
 from router.auth import Caller
 from router.cluster import Cluster
@@ -44,6 +45,7 @@ from sglang_stream.messages import (
 logger = logging.getLogger(__name__)
 
 _TRIES = 4
+_REMEMBERED = 4096  # copies left behind; what is forgotten of them expires where it is
 
 
 class Moves:
@@ -56,7 +58,7 @@ class Moves:
         self._streams = streams
         self._ids = ids
         self._metrics = metrics
-        self._left: dict[str, list[Abort]] = {}
+        self._left: deque[tuple[str, Abort]] = deque(maxlen=_REMEMBERED)
 
     async def find(self, stream_id: str, caller: Caller) -> Stream:
         """The stream, fetched from its worker if it is not known here. Raises StreamNotFound, and
@@ -142,14 +144,30 @@ class Moves:
             self._metrics.replays.labels("continued").inc()
             return await self._open_elsewhere(stream, "append", tokens)
 
+    async def abort(self, stream: Stream) -> None:
+        """Ends the stream where it is, also where another router has moved it. Raises
+        StreamNotFound, StreamSealed if its generation has ended, WorkerUnavailable."""
+        for attempt in range(_TRIES):
+            if stream.worker is None:
+                return
+            try:
+                await stream.worker.ask(Abort(stream.id, stream.epoch, stream.owner))
+                return
+            except (StreamNotFound, StreamMoved):
+                if attempt == _TRIES - 1:
+                    raise
+                await self.refresh(stream)
+
     def left(self, stream: Stream, worker: Worker) -> None:
         """Notes that `worker` may still hold a copy of a stream that has left it."""
         abort = Abort(stream.id, epoch=stream.epoch, owner=stream.owner)
-        self._left.setdefault(worker.url, []).append(abort)
+        self._left.append((worker.url, abort))
 
     async def clear_left(self, worker: Worker) -> None:
         """Makes a worker that has come back drop what has left it."""
-        for abort in self._left.pop(worker.url, []):
+        left, self._left = self._left, deque(maxlen=_REMEMBERED)
+        self._left.extend((url, abort) for url, abort in left if url != worker.url)
+        for abort in [abort for url, abort in left if url == worker.url]:
             try:
                 await worker.ask(abort)
             except StreamError as e:

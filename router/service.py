@@ -24,6 +24,7 @@ from router.cluster import Cluster
 from router.generation import Generation
 from router.identity import StreamIds
 from router.increments import Increments
+from router.legs import end_answer
 from router.metrics import RouterMetrics
 from router.moves import Moves
 from router.sampling import sampling_params
@@ -300,17 +301,28 @@ class StreamService:
         return stream
 
     async def delete(self, stream_id: str, caller: Caller) -> None:
-        """Aborts the stream or its generation. Raises StreamNotFound, WorkerUnavailable."""
-        stream = await self._moves.find(stream_id, caller)
+        """Aborts the stream or its generation, whichever router asked for it. Raises
+        StreamNotFound, WorkerUnavailable."""
+        missing: StreamNotFound | None = None
+        try:
+            await self._delete(await self._moves.find(stream_id, caller))
+        except StreamNotFound as e:
+            missing = e
+        # Its prefill worker may be done with it while a decode worker still answers.
+        owner = None if caller.admin else caller.owner
+        if not await end_answer(self.cluster.decoders(), stream_id, owner) and missing is not None:
+            raise missing
+
+    async def _delete(self, stream: Stream) -> None:
         was_sealed = stream.state != "open"
         if stream.state == "aborted":
             self.streams.end(stream)
-            raise unknown(stream_id)
+            raise unknown(stream.id)
         if stream.generation is not None:
-            stream.generation.stop(StreamNotFound(f"stream {stream_id} was deleted"))
+            stream.generation.stop(StreamNotFound(f"stream {stream.id} was deleted"))
         try:
-            if stream.state != "finished" and stream.worker is not None:
-                await stream.worker.ask(Abort(stream_id, stream.epoch, stream.owner))
+            if stream.state != "finished":
+                await self._moves.abort(stream)
         except StreamSealed:
             pass  # its generation has ended there, perhaps because its connection was closed here
         except StreamNotFound:

@@ -292,7 +292,7 @@ class Worker:
             _reachable(stream_support["endpoint"], self.host),
             self._question_timeout_s,
             self._secret,
-            self._heard_report,
+            self._heard_load,
         )
         try:
             welcome = await link.hello()
@@ -310,7 +310,7 @@ class Worker:
                 pid=stream_support.get("pid"),
                 server=server,
             )
-            self.load.restore(await link.snapshot())
+            await link.snapshot()
             await self._accept(self, info)
         except BaseException:
             link.close(self._reason)
@@ -362,20 +362,21 @@ class Worker:
                 f"{now - link.heard_s:.0f} s"
             )
 
-    def _heard_report(self, report: Report) -> None:
+    def _heard_load(self, said: Report | Snapshot) -> None:
+        if isinstance(said, Snapshot):
+            self.load.restore(said)
+            return
         self.placed = 0
-        if self.load.apply(report, time.monotonic()) or self._link is None:
+        if self.load.apply(said, time.monotonic()) or self._link is None:
             return
         if self._resyncing is None or self._resyncing.done():
             self._resyncing = asyncio.create_task(self._resync(self._link))
 
     async def _resync(self, link: Link) -> None:
         try:
-            snapshot: Snapshot = await link.snapshot()
+            await link.snapshot()
         except StreamError as e:
             logger.warning("no snapshot of the cache of %s: %s", self.url, e.message)
-            return
-        self.load.restore(snapshot)
 
     async def _get(self, path: str) -> dict[str, Any]:
         try:

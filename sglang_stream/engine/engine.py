@@ -155,10 +155,10 @@ class StreamEngine:
                 return self.table.copy(self.table.get(event.stream_id), event.since)
 
     def _check_owner(self, event: m.Event) -> None:
-        stream = self.table.live.get(event.stream_id)
-        if stream is None or event.owner is None:
+        owner = self.table.owner(event.stream_id)
+        if owner is None or event.owner is None:
             return
-        if not hmac.compare_digest(stream.owner, event.owner):
+        if not hmac.compare_digest(owner, event.owner):
             self._metrics.odd.labels("foreign").inc()
             raise StreamNotFound(f"stream {event.stream_id} is unknown or has expired")
 

@@ -111,7 +111,7 @@ class StreamTable:
         self.live: dict[str, Stream] = {}
         self.open_count = 0
         self.held_tokens = 0
-        self._finished: OrderedDict[str, m.Status] = OrderedDict()
+        self._finished: OrderedDict[str, tuple[bytes, m.Status]] = OrderedDict()
 
     def get(self, stream_id: str) -> Stream:
         """The live stream of that id. Raises StreamNotFound; StreamSealed if it has finished."""
@@ -122,11 +122,18 @@ class StreamTable:
             raise StreamNotFound(f"stream {stream_id} is unknown or has expired: open a new one")
         return stream
 
+    def owner(self, stream_id: str) -> bytes | None:
+        """Whose stream it is, live or recently finished; None if it is not known."""
+        stream = self.live.get(stream_id)
+        if stream is not None:
+            return stream.owner
+        return self._finished[stream_id][0] if stream_id in self._finished else None
+
     def status(self, stream_id: str) -> m.Status:
         """A live or recently finished stream's state. Raises StreamNotFound."""
         stream = self.live.get(stream_id)
         if stream is None and stream_id in self._finished:
-            return self._finished[stream_id]
+            return self._finished[stream_id][1]
         stream = self.get(stream_id)
         return m.Status(
             stream_id=stream_id,
@@ -254,7 +261,7 @@ class StreamTable:
         self.release(stream)
         stream.session.finish()
         stream_id = stream.session.stream_id
-        self._finished[stream_id] = self.status(stream_id)
+        self._finished[stream_id] = stream.owner, self.status(stream_id)
         del self.live[stream_id]
         while len(self._finished) > _REMEMBERED:
             self._finished.popitem(last=False)

@@ -165,6 +165,8 @@ def test_odd_frames_change_nothing_and_are_counted(
     answer = generate(http, stream, tail, ANSWER, last_seq=2)
     prompt = [*tokens("frames", 20), *tokens("one", 100), *tokens("two", 80), *tail]
     assert (answer.error, answer.ids) == (None, cold(http, prompt, ANSWER).ids)
+    wire.tell(m.Query(stream, owner=b"somebody"))
+    assert wire.heard().code == "stream_not_found", "a finished stream is its owner's too"
 
 
 @pytest.mark.parametrize("secret", [None, "another"])

@@ -227,8 +227,10 @@ def test_idle_streams_expire_and_finished_ones_are_remembered() -> None:
     assert rig.table.expired(15.1) == ["a"]
     rig.table.seal(stream, "rid")
     assert rig.table.expired(99.0) == []
+    stream.owner = b"owner"
     rig.table.finish(stream)
     assert rig.table.status("a").state == "finished"
+    assert (rig.table.owner("a"), rig.table.owner("b")) == (b"owner", None)
     with pytest.raises(StreamSealed):
         rig.append("a", 2, [1])
     with pytest.raises(StreamNotFound):

@@ -101,7 +101,8 @@ class FakeWorker:
     `gates[QUERY]` the answers to queries; `heard`: what came at the socket, answered or not.
     `finish`: the reason of the last event. `answers`: whether the socket answers at all.
     `spoken`: the length of an answer by `greedy` instead of the script; `breaks_after`: the event
-    after which its connection ends; `fails`: the error of every generation.
+    after which its connection ends; `fails`: the error of every generation. `secret`: of its
+    socket. `report`: what it says unasked, right after each snapshot.
     """
 
     tokenizer: Path
@@ -116,6 +117,7 @@ class FakeWorker:
     supported: bool = True
     answers: bool = True
     context_len: int = 1000
+    secret: str | None = None
     worker_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     flush_status: int = 200
     refusal: StreamError | None = None
@@ -125,6 +127,7 @@ class FakeWorker:
     forwarded: list[dict[str, Any]] = field(default_factory=list)
     flushes: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    report: m.Report | None = None
     heard: list[m.Question] = field(default_factory=list)
     events: list[m.Event] = field(default_factory=list)
     endpoint: str = ""
@@ -134,6 +137,9 @@ class FakeWorker:
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             context = zmq.asyncio.Context()
             socket = context.socket(zmq.ROUTER)
+            if self.secret is not None:
+                socket.curve_server = True
+                socket.curve_publickey, socket.curve_secretkey = m.curve_keys(self.secret)
             port = socket.bind_to_random_port("tcp://127.0.0.1")
             self.endpoint = f"tcp://127.0.0.1:{port}"
             answering = asyncio.create_task(self._answer_all(socket))
@@ -172,6 +178,8 @@ class FakeWorker:
             except StreamError as e:
                 answer = m.Refused(e.code, e.message, e.param, e.expected_seq, e.retry_after)
             await socket.send_multipart([peer, call_id, m.encode(answer)])
+            if self.report is not None and isinstance(answer, m.Snapshot):
+                await socket.send_multipart([peer, bytes(8), m.encode(self.report)])
 
     def _answer(self, question: m.Question) -> m.Answer:
         if isinstance(question, m.Hello):

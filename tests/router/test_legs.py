@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from sglang_stream import messages as m
@@ -162,3 +165,51 @@ def test_without_a_decode_worker_a_stream_is_not_opened(apart: Rig) -> None:
             apart.lose(url)
     answer = apart.routers[0].post("/v1/streams", json={"input_ids": [1], "mode": "append"})
     assert error_of(answer, 503)["retry_after"] == 1
+
+
+def begun(apart: Rig, router: httpx.Client, stream: str, pool: ThreadPoolExecutor) -> Any:
+    """An answer of which the decode worker has given a part, after the prefill leg's end."""
+    prefill, decode = split(apart)
+    for worker in decode:
+        worker.gates = {5: threading.Event()}
+    answer = pool.submit(router.post, f"/v1/streams/{stream}/generate", json=ASK)
+    until(lambda: any(w.seals for w in decode))
+    until(lambda: prefill.streams[stream].session.state == "finished")
+    until(lambda: router.get(f"/v1/streams/{stream}").json()["status"] == "sealed")
+    return answer
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_answer_is_deleted_through_another_router(apart: Rig, known: bool) -> None:
+    _, decode = split(apart)
+    stream = sealable(apart)
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        other = apart.add_router(stack)
+        apart.routers.remove(other)
+        if known:
+            assert other.get(f"/v1/streams/{stream}").json()["status"] == "open"
+        answer = begun(apart, apart.routers[0], stream, pool)
+        assert other.delete(f"/v1/streams/{stream}").status_code == 200
+        until(lambda: is_let_go(decode, 1))
+        for worker in decode:
+            worker.gates[5].set()
+        error_of(answer.result(), 404)
+        error_of(other.delete(f"/v1/streams/{stream}"), 404)
+
+
+def test_an_answer_is_deleted_by_its_owner_only(tokenizer_dir: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a:key-a\nb:key-b\n")
+    settings = {"api_key_file": str(keys), "admin_api_key": "admin-key"}
+    with rig(tokenizer_dir, "prefill", "decode", **settings) as keyed, ThreadPoolExecutor() as pool:
+        one, two = keyed.routers
+        one.headers["Authorization"] = "Bearer key-a"
+        stream = sealable(keyed)
+        answer = begun(keyed, one, stream, pool)
+        foreign = {"Authorization": "Bearer key-b"}
+        for router in (one, two):
+            error_of(router.delete(f"/v1/streams/{stream}", headers=foreign), 404)
+        assert not any(isinstance(e, m.Abort) for w in split(keyed)[1] for e in w.events)
+        assert two.delete(f"/v1/streams/{stream}").status_code == 200, "by the admin"
+        split(keyed)[1][0].gates[5].set()
+        error_of(answer.result(), 404)

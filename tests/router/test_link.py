@@ -37,13 +37,13 @@ class Peer:
 
 @asynccontextmanager
 async def linked(
-    timeout_s: float = 10, reports: list[m.Report] | None = None
+    timeout_s: float = 10, load: list[m.Report | m.Snapshot] | None = None
 ) -> AsyncIterator[tuple[Link, Peer]]:
-    reports = [] if reports is None else reports
+    load = [] if load is None else load
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.ROUTER)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
-    link = Link(context, f"tcp://127.0.0.1:{port}", timeout_s, None, reports.append)
+    link = Link(context, f"tcp://127.0.0.1:{port}", timeout_s, None, load.append)
     try:
         yield link, Peer(socket)
     finally:
@@ -151,3 +151,23 @@ def test_a_worker_of_another_protocol(answer: m.Answer) -> None:
             await greeting
 
     run(test)
+
+
+def test_a_report_right_after_a_snapshot_is_told_after_it() -> None:
+    report = m.Report(8, 0.0, 100, 0, 0, 0, 0, 0, 0.0)
+    told: list[m.Report | m.Snapshot] = []
+
+    async def main() -> None:
+        async with linked(load=told) as (link, peer):
+            asking = asyncio.create_task(link.snapshot())
+            (identity, call), question = await peer.take()
+            assert question == m.Resync()
+            await peer.answer([identity, call], m.Snapshot(7, b""))
+            await peer.answer([identity, bytes(8)], report)
+            await asking
+            async with asyncio.timeout(10):
+                while len(told) < 2:  # noqa: ASYNC110 (nothing else tells)
+                    await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+    assert told == [m.Snapshot(7, b""), report]

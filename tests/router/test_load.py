@@ -59,6 +59,14 @@ def test_a_gap_asks_for_a_snapshot_until_it_comes() -> None:
     assert known(load) == {3, 5}
 
 
+def test_a_late_report_does_not_take_the_place_of_a_later_one() -> None:
+    load = WorkerLoad()
+    load.restore(Snapshot(3, b""))
+    load.apply(msgspec.structs.replace(report(5), free_tokens=5, busy_s=2.0), 10.0)
+    load.apply(msgspec.structs.replace(report(2), free_tokens=2), 11.0)
+    assert (load.latest.seq, load.latest.free_tokens, load.busy_until_s) == (5, 5, 12.0)
+
+
 def test_until_when_silence_means_computing() -> None:
     load = WorkerLoad()
     load.apply(msgspec.structs.replace(report(1), busy_s=2.5), now_s=10.0)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 
+from router.moves import Moves
 from sglang_stream import messages as m
 from sglang_stream.session import Session
 from tests.router.conftest import error_of, opened, until
@@ -148,6 +152,16 @@ def test_a_router_that_knows_of_an_older_epoch_follows(pair: Rig) -> None:
     assert [e.epoch for e in sent if e.stream_id == stream and e.seq == 2] == [0, 3]
 
 
+def test_a_router_that_knows_of_an_older_epoch_deletes_the_later_one(pair: Rig) -> None:
+    router = pair.routers[0]
+    stream = opened(router)
+    worker = pair.workers[pair.holder(router, stream)]
+    held = worker.streams[stream]
+    held.opened = msgspec.structs.replace(held.opened, epoch=3)
+    assert router.delete(f"/v1/streams/{stream}").status_code == 200
+    assert stream not in worker.streams
+
+
 def test_another_opening_of_the_same_epoch_is_passed_by(pair: Rig) -> None:
     """The other router moves a stream that it takes for open, while this one continues its
     answer."""
@@ -220,3 +234,28 @@ def test_a_copy_that_was_left_behind_is_not_taken(pair: Rig) -> None:
     for seq, router in zip((3, 4), pair.routers, strict=True):
         append(router, stream, seq, [10 + seq])
     assert pair.tokens(pair.other(first), stream) == [1, 11, 12, 13, 14]
+
+
+def test_what_was_left_on_workers_that_never_return_does_not_pile_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("router.moves._REMEMBERED", 3)
+    told: list[m.Abort] = []
+
+    class Returned:
+        def __init__(self, url: str) -> None:
+            self.url = url
+
+        async def ask(self, event: m.Abort) -> None:
+            told.append(event)
+
+    moves: Any = Moves(*[cast(Any, None)] * 4)
+    gone, back = Returned("http://gone"), Returned("http://back")
+    for i, worker in enumerate((back, back, gone, back, gone)):
+        moves.left(SimpleNamespace(id=f"st-{i}", epoch=i, owner=b""), worker)
+    asyncio.run(moves.clear_left(back))
+    assert told == [m.Abort("st-3", epoch=3)]
+    asyncio.run(moves.clear_left(gone))
+    assert [abort.stream_id for abort in told] == ["st-3", "st-2", "st-4"]
+    asyncio.run(moves.clear_left(back))
+    assert len(told) == 3

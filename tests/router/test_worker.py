@@ -11,9 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from router.server import create_app
 from router.worker import Worker, WorkerInfo
 from sglang_stream.errors import StreamNotFound, WorkerUnavailable
-from sglang_stream.messages import Abort, Open, Query, SealCall
+from sglang_stream.messages import Abort, Open, Query, Report, Resync, SealCall
+from tests.router.conftest import router_config, until
 from tests.router.fake_worker import FakeWorker, serving
 
 
@@ -160,3 +162,33 @@ def test_a_worker_of_another_role_is_refused(worker: FakeWorker, worker_url: str
             await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(main())
+
+
+def test_a_report_that_follows_the_snapshot_at_once_is_not_missed(
+    worker: FakeWorker, worker_url: str
+) -> None:
+    block = bytes(range(8))
+    worker.report = Report(1, 0.0, 100, 0, 0, 0, 0, 0, 0.0, cached=block)
+
+    async def test(client: Worker, found: list[WorkerInfo]) -> None:
+        await eventually(lambda: client.ready)
+        await eventually(lambda: bool(client.load.shared_tokens([block])))
+        assert sum(isinstance(q, Resync) for q in worker.heard) == 1
+
+    run(worker_url, test)
+
+
+@pytest.mark.parametrize("secret", ["t", None])
+def test_another_secret_is_named_as_the_reason(tokenizer_dir: Path, secret: str | None) -> None:
+    fake = FakeWorker(tokenizer_dir, secret="s")
+    with (
+        serving(fake.app()) as url,
+        serving(create_app(router_config(url, secret=secret))) as router,
+    ):
+
+        def reason() -> str:
+            (shown,) = httpx.get(f"{router}/workers").json()["workers"]
+            return str(shown["reason"])
+
+        told = "refused the shared secret: SGLANG_STREAM_SECRET differs"
+        until(lambda: told in reason(), timeout_s=5)

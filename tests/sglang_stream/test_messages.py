@@ -99,6 +99,6 @@ def test_who_has_the_secret_is_answered(secret: str | None) -> None:
 
 
 @pytest.mark.parametrize("secrets", [("s", "t"), ("s", None), (None, "s")])
-def test_who_has_it_not_gets_no_answer(secrets: tuple[str | None, str | None]) -> None:
-    with pytest.raises(WorkerUnavailable, match="did not answer"):
+def test_who_has_it_not_is_told_so(secrets: tuple[str | None, str | None]) -> None:
+    with pytest.raises(WorkerUnavailable, match="refused the shared secret: SGLANG_STREAM_SECRET"):
         greeted(*secrets)
