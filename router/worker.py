@@ -105,6 +105,8 @@ class Worker:
         self.breaker = CircuitBreaker(breaker or BreakerSettings())
         self.ready_since_s = 0.0  # on the wall clock
         self.reached = False  # ever
+        self.draining = False  # to be removed: nothing new is placed on it
+        self.calls = 0  # that run on it now
         self.placed = 0  # streams and requests given to it since its last report
         self._http = http
         self._accept = accept
@@ -145,8 +147,8 @@ class Worker:
 
     @property
     def reason(self) -> str:
-        """Why it is not ready."""
-        return self._reason
+        """Why it is not given work."""
+        return f"the worker at {self.url} is draining" if self.ready else self._reason
 
     @property
     def host(self) -> str:
@@ -220,6 +222,7 @@ class Worker:
             )
         call = self.breaker.started(time.monotonic())
         tell = self.breaker.abandoned
+        self.calls += 1
         try:
             yield
             tell = self.breaker.succeeded
@@ -227,6 +230,7 @@ class Worker:
             tell = self.breaker.failed
             raise
         finally:
+            self.calls -= 1
             tell(time.monotonic(), call)
 
     async def wait_gone(self) -> None:
