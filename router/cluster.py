@@ -15,12 +15,13 @@ from typing import Any
 import httpx
 
 from router.breaker import BreakerSettings
+from router.description import WorkerInfo
 from router.identity import worker_tag
 from router.metrics import RouterMetrics
 from router.placement import WorkerView, choose_decode, choose_prefill
 from router.prompts import PromptBuilder
 from router.tokenizer import load_model_texts
-from router.worker import Worker, WorkerInfo
+from router.worker import Worker
 from sglang_stream.config import RouterConfig, WorkerAddress
 from sglang_stream.errors import InvalidRequest, StreamNotFound, WorkerUnavailable
 from sglang_stream.messages import Role, pack_tokens, prefix_blocks
