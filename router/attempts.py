@@ -36,6 +36,7 @@ from sglang_stream.errors import (
     SequenceConflict,
     SequenceGap,
     StreamError,
+    StreamMoved,
     StreamNotFound,
     TooLarge,
     WorkerUnavailable,
@@ -107,6 +108,12 @@ class Attempts:
                     raise
                 failed = False
                 await self._moves.sync(stream)
+            except (StreamNotFound, StreamMoved):
+                last = generation.begun or attempt == self._retries.max_retries
+                if last or not await self._is_elsewhere(stream):
+                    await self._after_failure(stream)
+                    raise
+                failed = False
             except StreamError as e:
                 await self._after_failure(stream)
                 if isinstance(e, _REFUSALS) and not generation.begun:
@@ -163,6 +170,15 @@ class Attempts:
         if isinstance(error, WorkerUnavailable):
             return True
         return len(self._cluster.workers) > 1 and self._budget.may_retry(time.monotonic())
+
+    async def _is_elsewhere(self, stream: Stream) -> bool:
+        """Whether another router has moved the stream, which can then be sealed there."""
+        epoch = stream.epoch
+        try:
+            await self._moves.refresh(stream)
+        except StreamError:
+            return False
+        return stream.state == "open" and stream.epoch > epoch
 
     async def _after_failure(self, stream: Stream) -> None:
         """Asks the worker what a failed generation left: a refused seal leaves the stream open."""

@@ -15,12 +15,13 @@ from typing import Any
 import httpx
 
 from router.breaker import BreakerSettings
+from router.description import WorkerInfo
 from router.identity import worker_tag
 from router.metrics import RouterMetrics
 from router.placement import WorkerView, choose_decode, choose_prefill
 from router.prompts import PromptBuilder
 from router.tokenizer import load_model_texts
-from router.worker import Worker, WorkerInfo
+from router.worker import Worker
 from sglang_stream.config import RouterConfig, WorkerAddress
 from sglang_stream.errors import InvalidRequest, StreamNotFound, WorkerUnavailable
 from sglang_stream.messages import Role, pack_tokens, prefix_blocks
@@ -78,31 +79,47 @@ class Cluster:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def add(self, address: WorkerAddress) -> Worker:
-        """Takes another worker, which is used once it is ready. Raises InvalidRequest."""
-        if address.url.rstrip("/") in self.workers:
+        """Takes another worker, which is used once it is ready, or takes back one that is draining.
+        Raises InvalidRequest."""
+        known = self.workers.get(address.url.rstrip("/"))
+        if known is not None and known.draining:
+            known.draining = False
+            return known
+        if known is not None:
             raise InvalidRequest(f"there is a worker at {address.url} already", param="url")
         worker = self._create(address)
         self._watch(worker)
         return worker
 
-    async def remove(self, worker_id: str) -> Worker:
-        """Stops using a worker; what it holds is moved. Raises StreamNotFound."""
+    def named(self, worker_id: str) -> Worker:
+        """The worker of that id. Raises StreamNotFound."""
         worker = next((w for w in self.workers.values() if worker_tag(w.url) == worker_id), None)
         if worker is None:
             raise StreamNotFound(f"there is no worker {worker_id}: GET /workers lists them")
+        return worker
+
+    async def remove(self, worker: Worker) -> None:
+        """Lets go of a worker at once; what it holds is moved."""
         del self.workers[worker.url]
         task = self._tasks.pop(worker.url)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        return worker
 
     def ready(self, *roles: Role) -> list[Worker]:
         """The workers of these roles that can be given work now."""
-        return [w for w in self.workers.values() if w.usable and w.role in roles]
+        workers = self.workers.values()
+        return [w for w in workers if w.usable and not w.draining and w.role in roles]
+
+    def keeps(self, worker: Worker) -> bool:
+        """Whether streams stay on a worker that holds them: it is not draining, or the only one."""
+        return not worker.draining or not self.ready("unified", "prefill")
 
     def states(self) -> list[tuple[str, str]]:
         """Role and state of each worker."""
-        return [(w.role, "ready" if w.ready else "lost") for w in self.workers.values()]
+        return [
+            (w.role, "lost" if not w.ready else "draining" if w.draining else "ready")
+            for w in self.workers.values()
+        ]
 
     def holders(self) -> list[Worker]:
         """The workers that may hold open streams."""
@@ -124,11 +141,14 @@ class Cluster:
         """Raises WorkerUnavailable unless a stream could be opened and generated now."""
         holders = self.ready("unified", "prefill")
         if not holders:
-            reasons = "; ".join(w.reason for w in self.workers.values() if not w.ready)
-            raise WorkerUnavailable(reasons or "there are no workers", retry_after=1)
+            raise WorkerUnavailable(self._reasons() or "there are no workers", retry_after=1)
         if all(w.role == "prefill" for w in holders) and not self.ready("decode"):
-            reasons = "; ".join(w.reason for w in self.workers.values() if not w.ready)
-            raise WorkerUnavailable(reasons or "there is no decode worker", retry_after=1)
+            raise WorkerUnavailable(self._reasons() or "there is no decode worker", retry_after=1)
+
+    def _reasons(self) -> str:
+        """Why workers are not given work."""
+        workers = self.workers.values()
+        return "; ".join(w.reason for w in workers if not w.ready or w.draining)
 
     @property
     def model(self) -> Model:
@@ -186,11 +206,8 @@ class Cluster:
         deadline = asyncio.get_running_loop().time() + self._config.worker_wait_s
         while not (found := self.ready(*roles)):
             if asyncio.get_running_loop().time() > deadline:
-                reasons = [w.reason for w in self.workers.values() if not w.ready]
-                names = " or ".join(roles)
-                raise WorkerUnavailable(
-                    "; ".join(reasons) or f"there is no {names} worker", retry_after=1
-                )
+                reasons = self._reasons() or f"there is no {' or '.join(roles)} worker"
+                raise WorkerUnavailable(reasons, retry_after=1)
             await asyncio.sleep(_POLL_S)
         return found
 
@@ -257,6 +274,7 @@ def described(worker: Worker) -> dict[str, Any]:
         "url": worker.url,
         "role": worker.role,
         "healthy": worker.ready,
+        "draining": worker.draining,
         "circuit": worker.breaker.state(time.monotonic()),
     }
     if not worker.ready:

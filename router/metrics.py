@@ -53,8 +53,8 @@ class RouterMetrics:
         )
         self.replays = Counter(
             "sglang_stream_router_replays",
-            "Streams opened anew on another worker, before (worker_lost, generation_failed) or "
-            "after their first token (continued).",
+            "Streams opened anew on another worker, before (worker_lost, drained, "
+            "generation_failed) or after their first token (continued).",
             ["reason"],
             registry=self._registry,
         )
@@ -70,7 +70,7 @@ class RouterMetrics:
         )
         self._workers = Gauge(
             "sglang_stream_router_workers",
-            "Workers by role and whether they are ready.",
+            "Workers by role and state: ready, draining or lost.",
             ["role", "state"],
             registry=self._registry,
         )

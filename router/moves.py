@@ -28,6 +28,7 @@ from sglang_stream.errors import (
     StreamError,
     StreamMoved,
     StreamNotFound,
+    StreamSealed,
     WorkerUnavailable,
 )
 from sglang_stream.messages import (
@@ -144,6 +145,36 @@ class Moves:
             self._metrics.replays.labels("continued").inc()
             return await self._open_elsewhere(stream, "append", tokens)
 
+    async def away(self, stream: Stream) -> None:
+        """Moves an open stream off a worker that is draining, if there is another one, and makes
+        the old one drop its copy. Raises what the other workers answer; it stays then."""
+        async with stream.moving:
+            worker, epoch = stream.worker, stream.epoch
+            if worker is None or self._cluster.keeps(worker) or stream.generation is not None:
+                return
+            try:
+                copy = await worker.fetch(Fetch(stream.id, stream.known_seq, stream.owner))
+            except (StreamNotFound, StreamSealed):
+                self._streams.forget(stream)  # ended, or moved, through another router
+                return
+            stream.take_copy(copy, worker)
+            if stream.state != "open":
+                return  # another router has its answer made there
+            try:
+                moved_to = await self._replay(stream, "drained")
+            except StreamError:
+                stream.worker, stream.epoch = worker, epoch
+                raise
+            # With what other routers have sent there until the copy is gone.
+            fetch = Fetch(stream.id, stream.known_seq, stream.owner)
+            abort = Abort(stream.id, epoch, stream.owner)
+            late, _ = await asyncio.gather(
+                worker.fetch(fetch), worker.ask(abort), return_exceptions=True
+            )
+            if isinstance(late, Copy) and late.chunks:
+                stream.take_chunks(late)
+                await self._send_chunks(stream, moved_to, since=stream.seq)
+
     async def abort(self, stream: Stream) -> None:
         """Ends the stream where it is, also where another router has moved it. Raises
         StreamNotFound, StreamSealed if its generation has ended, WorkerUnavailable."""
@@ -197,7 +228,9 @@ class Moves:
         """Opens the stream with the next epoch: where it was if that is possible."""
         for attempt in range(_TRIES):
             epoch = stream.epoch + 1
-            stay = stream.worker if stream.worker is not None and stream.worker.usable else None
+            stay = stream.worker
+            if stay is not None and not (stay.usable and self._cluster.keeps(stay)):
+                stay = None
             worker = stay or await self._cluster.place_replay(stream.id, epoch)
             stream.epoch = epoch
             event = Open(

@@ -44,7 +44,8 @@ class Call:
 
     `status`: of the answer to a call that succeeds. `answer`: its content, a schema by media type.
     `refusals`: the statuses of the errors it may meet, besides those any call may. `body`: one of
-    our models or a schema. `errors`: the schemas, by status, of errors that have one of their own.
+    our models or a schema. `text`: more than the summary says. `errors`: the schemas, by status, of
+    errors that have one of their own.
     """
 
     summary: str
@@ -52,6 +53,7 @@ class Call:
     status: int = 200
     refusals: tuple[int, ...] = ()
     body: type[Body] | Schema | None = None
+    text: str = ""
     query: Mapping[str, Schema] = field(default_factory=dict)
     errors: Mapping[int, Schema] = field(default_factory=dict)
 
@@ -133,7 +135,15 @@ CALLS: Mapping[tuple[str, str], Call] = {
         "Takes another worker.", {JSON: ref("Worker")}, 202, (400, 413, 422), WorkerBody
     ),
     ("DELETE", "/workers/{worker_id}"): Call(
-        "Stops using a worker.", {JSON: ref("WorkerRemoved")}, refusals=(404,)
+        "Drains a worker, then stops using it.",
+        {JSON: ref("Worker")},
+        202,
+        (404,),
+        text="Nothing new is placed on it. Its open streams are replayed on other workers; while "
+        "there is none they stay, and are served. Answers that run on it end undisturbed. When "
+        "nothing is left on it, its link closes and it is no longer listed by GET /workers, which "
+        "until then shows it as draining; POST /workers with its URL takes it back. Each router "
+        "has a list of its own.",
     ),
     ("GET", "/flush_cache"): _FLUSH,
     ("POST", "/flush_cache"): _FLUSH,
@@ -206,6 +216,8 @@ def _operation(method: str, path: str, call: Call) -> dict[str, Any]:
         "summary": call.summary,
         "responses": dict(sorted(responses.items())),
     }
+    if call.text:
+        operation["description"] = call.text
     parameters = [_parameter(name, "path", {"type": "string"}) for name in _names(path)]
     parameters += [_parameter(name, "query", schema) for name, schema in call.query.items()]
     if parameters:

@@ -141,13 +141,13 @@ COMPONENTS: Mapping[str, Any] = {
         url=_TEXT,
         role=_enum(get_args(Role)),
         healthy=_YES_OR_NO,
+        draining=_YES_OR_NO,
         circuit=_enum(get_args(BreakerState)),
         model=_TEXT,
         reason=_TEXT,
         pid=_or_null("integer"),
         load={"type": "object"},
     ),
-    "WorkerRemoved": _object(id=_TEXT, url=_TEXT, removed={"const": True}),
     "Flushed": _object(
         workers=_list(_object(url=_TEXT, flushed=_YES_OR_NO, reason=_or_null("string")))
     ),

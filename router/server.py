@@ -187,8 +187,7 @@ class RouterHandlers:
 
     async def remove_worker(self, worker_id: str, request: Request) -> Response:
         self._caller(request).require_admin()
-        worker = await self._service.cluster.remove(worker_id)
-        return json_response({"id": worker_id, "url": worker.url, "removed": True})
+        return json_response(described(self._service.draining.begin(worker_id)), 202)
 
     async def flush_cache(
         self, request: Request, timeout: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0

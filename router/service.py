@@ -21,6 +21,7 @@ from router.attempts import Attempts
 from router.auth import Caller
 from router.backoff import RetryBudget, RetryPolicy
 from router.cluster import Cluster
+from router.draining import Draining
 from router.generation import Generation
 from router.identity import StreamIds
 from router.increments import Increments
@@ -95,6 +96,7 @@ class StreamService:
             self.budget,
             self._in_background,
         )
+        self.draining = Draining(self.cluster, self.streams, self._moves, self._in_background)
         metrics.watch(self.streams.open_count, self.cluster.states)
 
     async def run(self) -> None:
@@ -289,8 +291,12 @@ class StreamService:
         except StreamNotFound:
             if stream.state == "finished":
                 return stream
-            self.streams.forget(stream)
-            raise
+            try:
+                await self._moves.refresh(stream)
+            except StreamNotFound:
+                self.streams.forget(stream)
+                raise
+            return await self.refresh(stream_id, caller)
         _present(stream)  # its client may have left while the worker was asked
         if stream.epoch == 0 or stream.generation is None:
             stream.seq, stream.tokens = status.seq, status.tokens
@@ -368,8 +374,12 @@ class StreamService:
         stream by then."""
         for attempt in range(_TRIES):
             worker = await self._moves.ensure(stream)
+            epoch = stream.epoch
             try:
-                return await worker.ask(event(stream.epoch, stream.owner))
+                answer = await worker.ask(event(epoch, stream.owner))
+                if stream.epoch == epoch:
+                    return answer
+                # It was moved meanwhile, perhaps without this; a repeat does no harm.
             except WorkerUnavailable:
                 if worker.ready or attempt == _TRIES - 1:
                     raise

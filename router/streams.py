@@ -117,12 +117,16 @@ class Stream:
         self.worker, self.epoch = worker, copy.epoch
         self.state, self.usage = copy.status.state, copy.status.usage
         self.seq, self.tokens = copy.status.seq, copy.status.tokens
+        self.take_chunks(copy)
+        self._placed = _decode_memo(copy.memo).placed
+
+    def take_chunks(self, copy: Copy) -> None:
+        """Notes the tokens that are not known here."""
         if self.mode == "update" and copy.chunks and self.known_seq <= copy.status.seq:
             self.chunks = {}
         for seq, raw in copy.chunks:
             self.chunks[seq] = array("i")
             self.chunks[seq].frombytes(raw)
-        self._placed = _decode_memo(copy.memo).placed
 
     def memo(self, placed: list[bytes] | None = None) -> bytes:
         """What travels with the stream; `placed`: the keys of its documents, in their order."""

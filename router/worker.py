@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +21,7 @@ import msgspec
 import zmq.asyncio
 
 from router.breaker import BreakerSettings, CircuitBreaker
+from router.description import WorkerInfo, describe, lost
 from router.events import AnswerCall, WorkerEvent, decode_event, http_error, raise_failure
 from router.link import Link
 from router.load import WorkerLoad
@@ -49,29 +49,7 @@ logger = logging.getLogger(__name__)
 HANG_S = 4.0
 """How long a worker may be silent. Its scheduler answers between two forwards."""
 
-_PROBE_TIMEOUT_S = 5.0
 _GONE_TIMEOUT_S = 1.0
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """What a ready worker is. `context_len`: prompt and answer together, in tokens.
-
-    `incremental`: whether each event of its answers holds the new tokens only, or all so far.
-    `bootstrap_port`: where a prefill worker is met by decode workers. `pid`: of a worker that
-    `serve` has started. `server`: SGLang's own description of the server.
-    """
-
-    worker_id: str
-    role: Role
-    model: str
-    context_len: int
-    vocab_size: int
-    kv_tokens: int
-    incremental: bool
-    bootstrap_port: int
-    pid: int | None
-    server: dict[str, Any]
 
 
 class Worker:
@@ -105,6 +83,8 @@ class Worker:
         self.breaker = CircuitBreaker(breaker or BreakerSettings())
         self.ready_since_s = 0.0  # on the wall clock
         self.reached = False  # ever
+        self.draining = False  # to be removed: nothing new is placed on it
+        self.calls = 0  # that run on it now
         self.placed = 0  # streams and requests given to it since its last report
         self._http = http
         self._accept = accept
@@ -145,8 +125,8 @@ class Worker:
 
     @property
     def reason(self) -> str:
-        """Why it is not ready."""
-        return self._reason
+        """Why it is not given work."""
+        return f"the worker at {self.url} is draining" if self.ready else self._reason
 
     @property
     def host(self) -> str:
@@ -220,6 +200,7 @@ class Worker:
             )
         call = self.breaker.started(time.monotonic())
         tell = self.breaker.abandoned
+        self.calls += 1
         try:
             yield
             tell = self.breaker.succeeded
@@ -227,6 +208,7 @@ class Worker:
             tell = self.breaker.failed
             raise
         finally:
+            self.calls -= 1
             tell(time.monotonic(), call)
 
     async def wait_gone(self) -> None:
@@ -242,7 +224,7 @@ class Worker:
         try:
             answer = await self._http.post(f"{self.url}/flush_cache?{query}")
         except httpx.TransportError as e:
-            return self._lost(e).message
+            return lost(self.url, e).message
         return None if answer.is_success else answer.text.strip() or f"status {answer.status_code}"
 
     async def _read_events(self, body: dict[str, Any]) -> AsyncIterator[WorkerEvent]:
@@ -262,7 +244,7 @@ class Worker:
                     raise_failure(event)
                     yield event
         except httpx.TransportError as e:
-            raise self._lost(e) from e
+            raise lost(self.url, e) from e
         except msgspec.DecodeError as e:
             raise EngineFailure(f"the worker's answer cannot be read: {e}") from e
 
@@ -271,25 +253,12 @@ class Worker:
         assert self._link is not None
         return self._link
 
-    def _lost(self, error: httpx.TransportError) -> WorkerUnavailable:
-        return WorkerUnavailable(
-            f"the connection to the worker at {self.url} failed ({type(error).__name__}: {error})"
-        )
-
     async def _connect(self, context: zmq.asyncio.Context) -> None:
-        await self._get("/health")  # SGLang answers 503 until it is warm
-        server = await self._get("/server_info")
-        stream_support = (server.get("internal_states") or [{}])[0].get("sglang_stream")
-        if not stream_support:
-            raise WorkerUnavailable(
-                f"the worker at {self.url} runs without stream support: start it with "
-                "`sglang-stream worker`"
-            )
-        card = (await self._get("/v1/models"))["data"][0]
+        description = await describe(self._http, self.url)
         self.load = WorkerLoad()
         link = Link(
             context,
-            _reachable(stream_support["endpoint"], self.host),
+            description.endpoint,
             self._question_timeout_s,
             self._secret,
             self._heard_load,
@@ -298,18 +267,7 @@ class Worker:
             welcome = await link.hello()
             self._check_role(welcome)
             link.grant(welcome.credits)
-            info = WorkerInfo(
-                worker_id=welcome.worker_id,
-                role=welcome.role,
-                model=card["id"],
-                context_len=card["max_model_len"],
-                vocab_size=welcome.vocab_size,
-                kv_tokens=welcome.kv_tokens,
-                incremental=bool(server.get("incremental_streaming_output")),
-                bootstrap_port=self._bootstrap_port or server["disaggregation_bootstrap_port"],
-                pid=stream_support.get("pid"),
-                server=server,
-            )
+            info = description.welcomed(welcome, self._bootstrap_port)
             await link.snapshot()
             await self._accept(self, info)
         except BaseException:
@@ -350,7 +308,7 @@ class Worker:
         except httpx.TimeoutException:
             return
         except httpx.TransportError as e:
-            raise self._lost(e) from e
+            raise lost(self.url, e) from e
 
     def _check_silence(self, link: Link) -> None:
         """Raises WorkerUnavailable if the scheduler has been silent for too long."""
@@ -378,19 +336,6 @@ class Worker:
         except StreamError as e:
             logger.warning("no snapshot of the cache of %s: %s", self.url, e.message)
 
-    async def _get(self, path: str) -> dict[str, Any]:
-        try:
-            answer = await self._http.get(self.url + path, timeout=_PROBE_TIMEOUT_S)
-        except httpx.ConnectError as e:
-            raise WorkerUnavailable(f"there is no worker at {self.url} ({e})") from e
-        except httpx.TransportError as e:
-            raise self._lost(e) from e
-        if not answer.is_success:
-            raise WorkerUnavailable(
-                f"the worker at {self.url} is not ready: {path} answered {answer.status_code}"
-            )
-        return msgspec.json.decode(answer.content, type=dict[str, Any]) if answer.content else {}
-
     def _disconnect(self, reason: str) -> None:
         if reason != self._reason:
             logger.warning("%s", reason)
@@ -404,8 +349,3 @@ class Worker:
             call.fail(WorkerUnavailable(reason))
         if was_ready:
             self._on_lost(self)
-
-
-def _reachable(endpoint: str, host: str) -> str:
-    """A worker that listens everywhere is reached where its HTTP server is."""
-    return endpoint.replace("//0.0.0.0:", f"//{host}:").replace("//*:", f"//{host}:")

@@ -20,6 +20,7 @@ import typer
 
 from sglang_stream.cli import options as o
 from sglang_stream.cli.addresses import join_bootstrap_ports
+from sglang_stream.cli.router_options import OpenStreams, with_router_flags
 from sglang_stream.config import SECRET_VARIABLE, EngineConfig, RouterConfig
 from sglang_stream.errors import InvalidRequest, StreamError, WorkerUnavailable
 
@@ -59,7 +60,7 @@ def build_app() -> typer.Typer:
     return app
 
 
-@o.with_router_flags
+@with_router_flags
 def run_serve(
     ctx: typer.Context,
     model_path: o.ModelPath,
@@ -117,7 +118,7 @@ def run_worker(
     role: o.WorkerRole = "unified",
     stream_host: o.StreamHost = o.ENGINE.host,
     stream_port: o.StreamPort = o.ENGINE.port,
-    max_open_streams: o.OpenStreams = o.ENGINE.max_streams,
+    max_open_streams: OpenStreams = o.ENGINE.max_streams,
     max_prompt_tokens: o.PromptTokens = o.ENGINE.max_prompt_tokens,
     stream_pass_tokens: o.PassTokens = o.ENGINE.pass_tokens,
 ) -> None:
@@ -154,7 +155,7 @@ def run_worker(
     os.execve(argv[0], argv, {**os.environ, **additions})
 
 
-@o.with_router_flags
+@with_router_flags
 def run_router(
     settings: RouterConfig,
     worker: o.WorkerUrls = [],  # noqa: B006

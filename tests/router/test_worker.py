@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from router.description import WorkerInfo
 from router.server import create_app
-from router.worker import Worker, WorkerInfo
+from router.worker import Worker
 from sglang_stream.errors import StreamNotFound, WorkerUnavailable
 from sglang_stream.messages import Abort, Open, Query, Report, Resync, SealCall
 from tests.router.conftest import router_config, until
