@@ -73,7 +73,8 @@ class Reporter:
                 self._cache.take_block_changes()  # a router that comes asks for all of them
 
     def snapshot(self) -> m.Snapshot:
-        """All that is cached, as of the last report."""
+        """All that is cached, as of the last report, which who asks may not have heard."""
+        self._last = None
         self._send(0.0, time.monotonic())
         blocks = self._cache.blocks if self._cache is not None else ()
         return m.Snapshot(self._seq, b"".join(blocks))
