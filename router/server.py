@@ -111,14 +111,14 @@ class RouterHandlers:
         caller = self._caller(request)
         body = await self._body(request, ChunksBody)
         with log_context(stream_id=stream_id):
-            answer = await self._service.append(stream_id, body, caller)
+            answer = await self._service.chunks.append(stream_id, body, caller)
         return json_response({"seq": answer.seq, "tokens": answer.tokens}, 202)
 
     async def update(self, stream_id: str, request: Request) -> Response:
         caller = self._caller(request)
         body = await self._body(request, ContextBody)
         with log_context(stream_id=stream_id):
-            answer = await self._service.update(stream_id, body, caller)
+            answer = await self._service.chunks.update(stream_id, body, caller)
         fields = {"seq": answer.seq, "tokens": answer.tokens, "lcp": answer.lcp}
         return json_response(fields, 202)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ import httpx
 from router.attempts import Attempts
 from router.auth import Caller
 from router.backoff import RetryBudget, RetryPolicy
+from router.chunks import Chunks
 from router.cluster import Cluster
 from router.draining import Draining
 from router.generation import Generation
@@ -29,8 +30,8 @@ from router.legs import end_answer
 from router.metrics import RouterMetrics
 from router.moves import Moves
 from router.sampling import sampling_params
-from router.schemas import ChunksBody, ContextBody, GenerateBody, OpenBody
-from router.streams import Placement, Stream, Streams, unknown
+from router.schemas import GenerateBody, OpenBody
+from router.streams import Stream, Streams, sealed, unknown
 from router.worker import Worker
 from sglang_stream.config import RouterConfig
 from sglang_stream.errors import (
@@ -39,21 +40,15 @@ from sglang_stream.errors import (
     LimitReached,
     Malformed,
     ModelNotFound,
-    SequenceGap,
     StreamError,
-    StreamMoved,
     StreamNotFound,
     StreamSealed,
     WorkerUnavailable,
 )
 from sglang_stream.messages import (
     Abort,
-    Accepted,
-    Append,
     Open,
     Query,
-    Update,
-    digest,
     pack_tokens,
 )
 
@@ -96,6 +91,7 @@ class StreamService:
             self.budget,
             self._in_background,
         )
+        self.chunks = Chunks(self.cluster, self.streams, self._moves, metrics, self._in_background)
         self.draining = Draining(self.cluster, self.streams, self._moves, self._in_background)
         metrics.watch(self.streams.open_count, self.cluster.states)
 
@@ -114,7 +110,7 @@ class StreamService:
                 task.cancel()
             await asyncio.gather(watching, *self._background, return_exceptions=True)
 
-    # --- open, append, update -----------------------------------------------------------------
+    # --- open ---------------------------------------------------------------------------------
 
     async def open(self, body: OpenBody, caller: Caller) -> Stream:
         """Opens a stream. Raises ModelNotFound, Malformed, LimitReached and the worker's errors."""
@@ -175,53 +171,6 @@ class StreamService:
         stream.touch()
         return stream
 
-    async def append(self, stream_id: str, body: ChunksBody, caller: Caller) -> Accepted:
-        """Adds chunks. Raises StreamNotFound, Malformed, BodyTooLarge and the worker's errors."""
-        stream = await self._moves.find(stream_id, caller)
-        prompts = self.cluster.model.prompts
-        async with stream.sending:
-            ids = await prompts.chunks(body)
-            packed = pack_tokens(ids)
-            content = digest(packed)
-            # Sent in this order; the answers need not be waited for one by one.
-            asking = asyncio.create_task(
-                self._tell(
-                    stream,
-                    lambda epoch, owner: Append(stream.id, body.seq, packed, content, epoch, owner),
-                )
-            )
-        answer = await asking
-        stream.accepted(body.seq, ids, answer)
-        if stream.known_seq < stream.seq and stream.state == "open":
-            self._in_background(self._sync(stream))  # another router has sent some
-        self._metrics.chunks.inc()
-        return answer
-
-    async def update(self, stream_id: str, body: ContextBody, caller: Caller) -> Accepted:
-        """Replaces the context; raises as `append` does."""
-        stream = await self._moves.find(stream_id, caller)
-        prompts = self.cluster.model.prompts
-        async with stream.sending:
-            placement: Placement | None = None
-            memo: bytes | None = None
-            if body.documents is None:
-                ids = prompts.context(body.input_ids or [])
-            else:
-                placement = stream.place(body.seq, body.documents)
-                memo = stream.memo(placement.after)
-                ids = await prompts.documents(placement.texts)
-            packed = pack_tokens(ids)
-            content = digest(packed)
-            answer = await self._tell(
-                stream,
-                lambda epoch, owner: Update(
-                    stream.id, body.seq, packed, content, epoch, owner, memo
-                ),
-            )
-            stream.accepted(body.seq, ids, answer, placement)
-        self._metrics.chunks.inc()
-        return answer
-
     # --- generate -----------------------------------------------------------------------------
 
     async def generate(
@@ -239,7 +188,7 @@ class StreamService:
             if stream.generation is not None:
                 return stream, _joined(stream.generation, body.request_id, stream)
             if stream.state != "open":
-                raise _sealed(stream)
+                raise sealed(stream)
             worker = await self._moves.ensure(stream)
             if stream.context() is None or body.last_seq not in (None, stream.known_seq):
                 # Other routers have sent the rest. Without `last_seq` the seal tells (`Attempts`).
@@ -363,42 +312,6 @@ class StreamService:
 
     # --- helpers ------------------------------------------------------------------------------
 
-    async def _sync(self, stream: Stream) -> None:
-        with suppress(StreamError):  # tried again with the next call
-            await self._moves.sync(stream)
-
-    async def _tell(
-        self, stream: Stream, event: Callable[[int, bytes], Append | Update]
-    ) -> Accepted:
-        """The answer to an event, made for an epoch and an owner, from whichever worker holds the
-        stream by then."""
-        for attempt in range(_TRIES):
-            worker = await self._moves.ensure(stream)
-            epoch = stream.epoch
-            try:
-                answer = await worker.ask(event(epoch, stream.owner))
-                if stream.epoch == epoch:
-                    return answer
-                # It was moved meanwhile, perhaps without this; a repeat does no harm.
-            except WorkerUnavailable:
-                if worker.ready or attempt == _TRIES - 1:
-                    raise
-            except SequenceGap as e:
-                # What went to a worker that was lost, while another router moved the stream.
-                if attempt == _TRIES - 1 or not await self._moves.fill(stream, e.expected_seq):
-                    raise
-            except (StreamNotFound, StreamMoved) as e:
-                if stream.state in ("sealed", "finished"):
-                    raise _sealed(stream) from None
-                if attempt == _TRIES - 1:
-                    raise
-                try:
-                    await self._moves.refresh(stream)
-                except StreamNotFound:
-                    self.streams.forget(stream)
-                    raise e from None
-        raise AssertionError("the last try returns or raises")
-
     def _idle_timeout_s(self, wanted: float | None) -> float:
         longest = self._config.max_idle_timeout_s
         if wanted is not None and wanted > longest:
@@ -440,7 +353,7 @@ def _present(stream: Stream) -> Stream:
 def _joined(generation: Generation, request_id: str | None, stream: Stream) -> Generation:
     """The running generation for a repeated call. Raises what forbids to join it."""
     if request_id is None or request_id != generation.request_id:
-        raise _sealed(stream)
+        raise sealed(stream)
     if generation.delivered:
         raise GenerationStarted(
             "this generation has already sent tokens to a client: open a new stream"
@@ -448,9 +361,3 @@ def _joined(generation: Generation, request_id: str | None, stream: Stream) -> G
     if generation.error is not None:
         raise generation.error
     return generation
-
-
-def _sealed(stream: Stream) -> StreamError:
-    if stream.state == "aborted":
-        return unknown(stream.id)
-    return StreamSealed(f"stream {stream.id} is sealed: open a new one for more context")

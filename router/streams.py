@@ -21,7 +21,7 @@ from router.auth import Caller
 from router.generation import Generation
 from router.schemas import DocumentBody, Order, text_of
 from router.worker import Worker
-from sglang_stream.errors import LimitReached, StreamNotFound
+from sglang_stream.errors import LimitReached, StreamError, StreamNotFound, StreamSealed
 from sglang_stream.messages import Accepted, Copy, Mode, State, Usage, digest
 from sglang_stream.prompt import Opening, arrange
 
@@ -302,6 +302,13 @@ def created_s(copy: Copy) -> int:
 def unknown(stream_id: str) -> StreamNotFound:
     """The error for an id that names no stream."""
     return StreamNotFound(f"stream {stream_id} is unknown or has expired: open a new one")
+
+
+def sealed(stream: Stream) -> StreamError:
+    """The error for a call that comes after the seal."""
+    if stream.state == "aborted":
+        return unknown(stream.id)
+    return StreamSealed(f"stream {stream.id} is sealed: open a new one for more context")
 
 
 def _key(document: str | DocumentBody) -> bytes:

@@ -1,0 +1,126 @@
+"""The calls that add to a stream's prompt or replace it, from whichever worker holds it by then."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from router.auth import Caller
+from router.cluster import Cluster
+from router.metrics import RouterMetrics
+from router.moves import Moves
+from router.schemas import ChunksBody, ContextBody
+from router.streams import Placement, Stream, Streams, sealed
+from sglang_stream.errors import (
+    SequenceGap,
+    StreamError,
+    StreamMoved,
+    StreamNotFound,
+    WorkerUnavailable,
+)
+from sglang_stream.messages import Accepted, Append, Update, digest, pack_tokens
+
+_TRIES = 4
+
+
+class Chunks:
+    """Appends and updates of one router. `in_background` runs what nobody waits for."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        streams: Streams,
+        moves: Moves,
+        metrics: RouterMetrics,
+        in_background: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._cluster = cluster
+        self._streams = streams
+        self._moves = moves
+        self._metrics = metrics
+        self._in_background = in_background
+
+    async def append(self, stream_id: str, body: ChunksBody, caller: Caller) -> Accepted:
+        """Adds chunks. Raises StreamNotFound, Malformed, BodyTooLarge and the worker's errors."""
+        stream = await self._moves.find(stream_id, caller)
+        prompts = self._cluster.model.prompts
+        async with stream.sending:
+            ids = await prompts.chunks(body)
+            packed = pack_tokens(ids)
+            content = digest(packed)
+            # Sent in this order; the answers need not be waited for one by one.
+            asking = asyncio.create_task(
+                self._tell(
+                    stream,
+                    lambda epoch, owner: Append(stream.id, body.seq, packed, content, epoch, owner),
+                )
+            )
+        answer = await asking
+        stream.accepted(body.seq, ids, answer)
+        if stream.known_seq < stream.seq and stream.state == "open":
+            self._in_background(self._sync(stream))  # another router has sent some
+        self._metrics.chunks.inc()
+        return answer
+
+    async def update(self, stream_id: str, body: ContextBody, caller: Caller) -> Accepted:
+        """Replaces the context; raises as `append` does."""
+        stream = await self._moves.find(stream_id, caller)
+        prompts = self._cluster.model.prompts
+        async with stream.sending:
+            placement: Placement | None = None
+            memo: bytes | None = None
+            if body.documents is None:
+                ids = prompts.context(body.input_ids or [])
+            else:
+                placement = stream.place(body.seq, body.documents)
+                memo = stream.memo(placement.after)
+                ids = await prompts.documents(placement.texts)
+            packed = pack_tokens(ids)
+            content = digest(packed)
+            answer = await self._tell(
+                stream,
+                lambda epoch, owner: Update(
+                    stream.id, body.seq, packed, content, epoch, owner, memo
+                ),
+            )
+            stream.accepted(body.seq, ids, answer, placement)
+        self._metrics.chunks.inc()
+        return answer
+
+    async def _sync(self, stream: Stream) -> None:
+        with suppress(StreamError):  # tried again with the next call
+            await self._moves.sync(stream)
+
+    async def _tell(
+        self, stream: Stream, event: Callable[[int, bytes], Append | Update]
+    ) -> Accepted:
+        """The answer to an event, made for an epoch and an owner, from whichever worker holds the
+        stream by then."""
+        for attempt in range(_TRIES):
+            worker = await self._moves.ensure(stream)
+            epoch = stream.epoch
+            try:
+                answer = await worker.ask(event(epoch, stream.owner))
+                if stream.epoch == epoch:
+                    return answer
+                # It was moved meanwhile, perhaps without this; a repeat does no harm.
+            except WorkerUnavailable:
+                if worker.ready or attempt == _TRIES - 1:
+                    raise
+            except SequenceGap as e:
+                # What went to a worker that was lost, while another router moved the stream.
+                if attempt == _TRIES - 1 or not await self._moves.fill(stream, e.expected_seq):
+                    raise
+            except (StreamNotFound, StreamMoved) as e:
+                if stream.state in ("sealed", "finished"):
+                    raise sealed(stream) from None
+                if attempt == _TRIES - 1:
+                    raise
+                try:
+                    await self._moves.refresh(stream)
+                except StreamNotFound:
+                    self._streams.forget(stream)
+                    raise e from None
+        raise AssertionError("the last try returns or raises")
