@@ -14,10 +14,10 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from sglang_stream.config import SECRET_VARIABLE
 from sglang_stream.errors import EngineFailure, WorkerUnavailable, from_fields
@@ -62,7 +62,7 @@ class Link:
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
         timeout_s: float,
         secret: str | None,
@@ -83,8 +83,10 @@ class Link:
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._credits = asyncio.Semaphore(1)
         self._closed: str | None = None
-        self._readers = [asyncio.create_task(r) for r in (self._read(), self._read_refusals())]
         self.heard_s = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket.FD, self._receive)
+        self._loop.add_reader(self._monitor.FD, self._receive_refusals)
 
     async def hello(self, timeout_s: float | None = None) -> Welcome:
         """Greets the worker; also its heartbeat, and therefore outside the credits.
@@ -130,8 +132,8 @@ class Link:
         if self._closed is not None:
             return
         self._closed = reason
-        for reader in self._readers:
-            reader.cancel()
+        for socket in (self._socket, self._monitor):
+            self._loop.remove_reader(socket.FD)
         self._fail_all(WorkerUnavailable(reason))
         self._socket.disable_monitor()
         self._monitor.close()
@@ -141,12 +143,13 @@ class Link:
         if self._closed is not None:
             raise WorkerUnavailable(self._closed)
         call = next(self._calls)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Answer] = self._loop.create_future()
         self._waiting[call] = future
         try:
-            await self._socket.send_multipart(
-                [call.to_bytes(_CALL_ID_BYTES, "big"), encode(question)]
+            self._socket.send_multipart(
+                [call.to_bytes(_CALL_ID_BYTES, "big"), encode(question)], zmq.NOBLOCK
             )
+            self._loop.call_soon(self._receive)
             return await asyncio.wait_for(future, timeout_s)
         except asyncio.TimeoutError:
             raise WorkerUnavailable(
@@ -155,34 +158,39 @@ class Link:
         finally:
             del self._waiting[call]
 
-    async def _read(self) -> None:
-        while True:
-            frames = await self._socket.recv_multipart()
-            self.heard_s = time.monotonic()
-            future = self._waiting.get(int.from_bytes(frames[0], "big"))
-            try:
-                said = decode_said(frames[-1])
-            except msgspec.DecodeError as e:
-                if future is not None and not future.done():
-                    error = EngineFailure(f"the worker's answer cannot be read: {e}")
-                    future.set_exception(error)
-                continue
-            if isinstance(said, Report | Snapshot):
-                self._on_load(said)
-            if not isinstance(said, Report) and future is not None and not future.done():
-                future.set_result(said)  # otherwise its question has timed out
+    def _receive(self) -> None:
+        """Takes all that has come. ZeroMQ's descriptor is no more than a hint, which sending may
+        use up."""
+        with suppress(zmq.Again):
+            while self._closed is None:
+                self._take(self._socket.recv_multipart(zmq.NOBLOCK))
 
-    async def _read_refusals(self) -> None:
+    def _take(self, frames: list[bytes]) -> None:
+        self.heard_s = time.monotonic()
+        future = self._waiting.get(int.from_bytes(frames[0], "big"))
+        try:
+            said = decode_said(frames[-1])
+        except msgspec.DecodeError as e:
+            if future is not None and not future.done():
+                future.set_exception(EngineFailure(f"the worker's answer cannot be read: {e}"))
+            return
+        if isinstance(said, Report | Snapshot):
+            self._on_load(said)
+        if not isinstance(said, Report) and future is not None and not future.done():
+            future.set_result(said)  # otherwise its question has timed out
+
+    def _receive_refusals(self) -> None:
         """Ends what waits when the worker's socket does not let us in; ZeroMQ itself only tries
         again."""
-        while True:
-            await self._monitor.recv_multipart()
-            self._fail_all(
-                WorkerUnavailable(
-                    f"the worker's chunk socket at {self._endpoint} refused the shared secret: "
-                    f"{SECRET_VARIABLE} differs between it and this router"
+        with suppress(zmq.Again):
+            while self._closed is None:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+                self._fail_all(
+                    WorkerUnavailable(
+                        f"the worker's chunk socket at {self._endpoint} refused the shared "
+                        f"secret: {SECRET_VARIABLE} differs between it and this router"
+                    )
                 )
-            )
 
     def _fail_all(self, error: WorkerUnavailable) -> None:
         for future in self._waiting.values():

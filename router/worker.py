@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import msgspec
-import zmq.asyncio
+import zmq
 
 from router.breaker import BreakerSettings, CircuitBreaker
 from router.description import WorkerInfo, describe, lost
@@ -134,7 +134,7 @@ class Worker:
 
     async def run(self) -> None:
         """Finds the worker and watches it, for ever."""
-        context = zmq.asyncio.Context()
+        context = zmq.Context()
         try:
             while True:
                 try:
@@ -253,7 +253,7 @@ class Worker:
         assert self._link is not None
         return self._link
 
-    async def _connect(self, context: zmq.asyncio.Context) -> None:
+    async def _connect(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         description = await describe(self._http, self.url)
         self.load = WorkerLoad()
         link = Link(

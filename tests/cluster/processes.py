@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_stream.engine.cpu.tiny_model import default_tiny_model
 from sglang_stream.messages import Role
@@ -165,6 +166,12 @@ class ClusterProcesses:
         """A worker as the router sees it."""
         workers = self.http.get("/workers").json()["workers"]
         return next(w for w in workers if w["url"] == worker.url)
+
+    def counted(self, name: str, **labels: str) -> float:
+        """A counter of the first router."""
+        families = text_string_to_metric_families(self.http.get("/metrics").text)
+        samples = (sample for family in families for sample in family.samples)
+        return sum(s.value for s in samples if s.name == name and s.labels == labels)
 
     def flush(self) -> None:
         """Ends all streams and empties all caches."""

@@ -43,7 +43,7 @@ async def linked(
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.ROUTER)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
-    link = Link(context, f"tcp://127.0.0.1:{port}", timeout_s, None, load.append)
+    link = Link(zmq.Context.instance(), f"tcp://127.0.0.1:{port}", timeout_s, None, load.append)
     try:
         yield link, Peer(socket)
     finally:
