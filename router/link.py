@@ -85,8 +85,9 @@ class Link:
         self._closed: str | None = None
         self.heard_s = time.monotonic()
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._socket.FD, self._receive)
-        self._loop.add_reader(self._monitor.FD, self._receive_refusals)
+        for socket, take in ((self._socket, self._receive), (self._monitor, self._receive_refusals)):
+            self._loop.add_reader(socket.FD, take)
+            self._loop.call_soon(take)
 
     async def hello(self, timeout_s: float | None = None) -> Welcome:
         """Greets the worker; also its heartbeat, and therefore outside the credits.
