@@ -35,6 +35,7 @@ CACHE_BACKEND = "sglang_stream"
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _MANAGERS = "sglang.srt.managers"
 _SCHEDULER = f"{_MANAGERS}.scheduler.Scheduler"
+_REST_MS = 1
 _COMPONENTS = f"{_MANAGERS}.scheduler_components"
 
 
@@ -88,6 +89,7 @@ class StreamPlugin:
                 self._finish,
                 HookType.AROUND,
             ),
+            (f"{_SCHEDULER}.on_idle", self._rest, HookType.AFTER),
             (f"{_SCHEDULER}.send_kv_chunk", self._send_kv, HookType.AROUND),
             (f"{_SCHEDULER}.flush_cache", self._flush, HookType.AROUND),
             (f"{_SCHEDULER}.get_internal_state", self._tell_state, HookType.AFTER),
@@ -146,6 +148,13 @@ class StreamPlugin:
         self.engine = engine
 
     # --- the scheduler's loop -----------------------------------------------------------------
+
+    @staticmethod
+    def _rest(_result: None, scheduler: Any) -> None:
+        """With `--sleep-on-idle` the scheduler also rests, for a moment, while it has nothing but
+        KV on its way to wait for: SGLang's loop would take a core from those that compute."""
+        if scheduler.idle_sleeper is not None and not scheduler.is_fully_idle():
+            scheduler.idle_sleeper.poller.poll(_REST_MS)
 
     def _receive(self, pulled: list[Any] | None, _receiver: Any) -> list[Any] | None:
         if pulled is None or self.engine is None:
