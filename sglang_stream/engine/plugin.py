@@ -35,8 +35,8 @@ CACHE_BACKEND = "sglang_stream"
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _MANAGERS = "sglang.srt.managers"
 _SCHEDULER = f"{_MANAGERS}.scheduler.Scheduler"
-_REST_MS = 1
 _COMPONENTS = f"{_MANAGERS}.scheduler_components"
+_REST_MS = 5  # a look at what is on its way takes about 2 ms
 
 
 def activate() -> None:
