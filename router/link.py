@@ -85,7 +85,10 @@ class Link:
         self._closed: str | None = None
         self.heard_s = time.monotonic()
         self._loop = asyncio.get_running_loop()
-        for socket, take in ((self._socket, self._receive), (self._monitor, self._receive_refusals)):
+        for socket, take in (
+            (self._socket, self._receive),
+            (self._monitor, self._receive_refusals),
+        ):
             self._loop.add_reader(socket.FD, take)
             self._loop.call_soon(take)
 

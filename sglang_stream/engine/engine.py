@@ -154,6 +154,11 @@ class StreamEngine:
             case m.Fetch():
                 return self.table.copy(self.table.get(event.stream_id), event.since)
 
+    def before_sleep(self) -> None:
+        """See `Reporter.before_sleep`."""
+        if self._reporter is not None:
+            self._reporter.before_sleep()
+
     def _check_owner(self, event: m.Event) -> None:
         owner = self.table.owner(event.stream_id)
         if owner is None or event.owner is None:

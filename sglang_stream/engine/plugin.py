@@ -89,7 +89,7 @@ class StreamPlugin:
                 self._finish,
                 HookType.AROUND,
             ),
-            (f"{_SCHEDULER}.on_idle", self._rest, HookType.AFTER),
+            (f"{_SCHEDULER}.on_idle", self._idle, HookType.AROUND),
             (f"{_SCHEDULER}.send_kv_chunk", self._send_kv, HookType.AROUND),
             (f"{_SCHEDULER}.flush_cache", self._flush, HookType.AROUND),
             (f"{_SCHEDULER}.get_internal_state", self._tell_state, HookType.AFTER),
@@ -149,12 +149,16 @@ class StreamPlugin:
 
     # --- the scheduler's loop -----------------------------------------------------------------
 
-    @staticmethod
-    def _rest(_result: None, scheduler: Any) -> None:
+    def _idle(self, original: Any, scheduler: Any) -> None:
         """With `--sleep-on-idle` the scheduler also rests, for a moment, while it has nothing but
         KV on its way to wait for: SGLang's loop would take a core from those that compute."""
-        if scheduler.idle_sleeper is not None and not scheduler.is_fully_idle():
-            scheduler.idle_sleeper.poller.poll(_REST_MS)
+        sleeper = scheduler.idle_sleeper
+        sleeps = sleeper is not None and scheduler.is_fully_idle()
+        if sleeps and self.engine is not None:
+            self.engine.before_sleep()
+        original(scheduler)
+        if sleeper is not None and not sleeps:
+            sleeper.poller.poll(_REST_MS)
 
     def _receive(self, pulled: list[Any] | None, _receiver: Any) -> list[Any] | None:
         if pulled is None or self.engine is None:

@@ -8,6 +8,8 @@ nothing until then knows that the worker computes and does not hang.
 from __future__ import annotations
 
 import time
+from collections import deque
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -24,7 +26,7 @@ _MARGIN = 2.0  # forwards of the same size differ by this much, attention over a
 _UNKNOWN_S_PER_TOKEN = 0.005  # before the first forward
 _MEASURED_TOKENS = 64  # a smaller forward says little of the speed
 _SMOOTHING = 0.3
-_KEPT = 0.8  # of a forward's weight in the speed, with each later one
+_SPEEDS = 15  # forwards whose median is the speed: the first ones after a start are far slower
 
 
 class Reporter:
@@ -40,8 +42,7 @@ class Reporter:
         self._next_s = 0.0
         self._last: m.Report | None = None
         self._s_per_token = 0.0  # of the slow forwards
-        self._tokens = 0.0
-        self._seconds = 0.0
+        self._speeds: deque[float] = deque(maxlen=_SPEEDS)
         self._forward: tuple[int, float] | None = None
 
     def before_forward(self, tokens: int) -> None:
@@ -64,13 +65,17 @@ class Reporter:
                 # Quick to see that forwards take longer, slow to forget it.
                 weight = 1.0 if measured > before else _SMOOTHING
                 self._s_per_token = before + weight * (measured - before)
-                self._tokens = tokens + _KEPT * self._tokens
-                self._seconds = now - started_s + _KEPT * self._seconds
+                self._speeds.append(1 / measured)
         if now >= self._next_s:
             if self._channel.has_routers:
                 self._send(0.0, now)
             elif self._cache is not None:
                 self._cache.take_block_changes()  # a router that comes asks for all of them
+
+    def before_sleep(self) -> None:
+        """The scheduler is about to sleep: what has changed is told now, not when it wakes up."""
+        if self._channel.has_routers:
+            self._send(0.0, time.monotonic())
 
     def snapshot(self) -> m.Snapshot:
         """All that is cached, as of the last report, which who asks may not have heard."""
@@ -109,7 +114,7 @@ class Reporter:
             running=len(scheduler.running_batch.reqs),
             queued=len(waiting),
             open_streams=self._table.open_count,
-            tokens_per_s=self._tokens / self._seconds if self._seconds else 0.0,
+            tokens_per_s=median(self._speeds) if self._speeds else 0.0,
             cached=b"".join(cached),
             evicted=b"".join(evicted),
         )
