@@ -123,4 +123,6 @@ class Chunks:
                 except StreamNotFound:
                     self._streams.forget(stream)
                     raise e from None
-        raise AssertionError("the last try returns or raises")
+        raise WorkerUnavailable(
+            f"stream {stream.id} is being moved again and again: repeat the call", retry_after=1
+        )

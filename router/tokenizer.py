@@ -31,14 +31,15 @@ class ModelTexts:
 
 class FastTokenizer:
     """A tokenizer of `transformers` without what it does around the one of `tokenizers` that it
-    has: on a text of 200 tokens that takes as long as the tokenising."""
+    has, and without the places of the tokens in the text: together two fifths of the time of a
+    text of 200 tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self.apply_chat_template = tokenizer.apply_chat_template
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`; their places in it are not asked for, which is quicker."""
+        """The ids of `text`, the same as those of the tokenizer of `transformers`."""
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 

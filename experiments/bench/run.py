@@ -29,9 +29,6 @@ from sglang_stream.errors import EngineFailure, InvalidRequest
 
 _TABLE_WIDTH = 120
 _APART = ("--decode-workers", "1")
-# A CPU computes two prompts at once no sooner than one after the other, so that small batches give
-# first tokens earlier, whatever the mode.
-_SMALL_BATCHES = ("--chunked-prefill-size", "512")
 # The worker looks for chunks between two passes: short ones, or it is what limits their number.
 _SHORT_PASSES = ("--stream-pass-tokens", "32")
 
@@ -145,7 +142,7 @@ def bench(
 
     [bold]attention[/]: the CPU platform's own against SGLang's (small model only).
 
-    All of it takes about 20 minutes on two cores. A minute's worth:
+    All of it takes well over an hour on two cores. A minute's worth:
 
       sglang-stream bench ttft --sizes 2048 --repeats 3
     """
@@ -210,8 +207,7 @@ def _measure_ttft(settings: Settings, progress: Progress, add: Add) -> None:
 
 def _measure_apart(settings: Settings, progress: Progress, add: Add) -> None:
     step = progress.add_task("starting three workers", total=None)
-    workers = [*_APART, "--prefill-workers", "2"]
-    flags = [*workers, *_SMALL_BATCHES, "--enable-cache-report", *settings.flags]
+    flags = [*_APART, "--prefill-workers", "2", "--enable-cache-report", *settings.flags]
     with running_server(settings.model_path, flags) as url:
         progress.update(step, description="measuring prefills")
 

@@ -155,7 +155,7 @@ class StreamEngine:
                 return self.table.copy(self.table.get(event.stream_id), event.since)
 
     def before_sleep(self) -> None:
-        """See `Reporter.before_sleep`."""
+        """The scheduler is about to sleep: rank 0 tells its routers what has changed."""
         if self._reporter is not None:
             self._reporter.before_sleep()
 

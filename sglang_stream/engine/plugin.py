@@ -150,8 +150,9 @@ class StreamPlugin:
     # --- the scheduler's loop -----------------------------------------------------------------
 
     def _idle(self, original: Any, scheduler: Any) -> None:
-        """With `--sleep-on-idle` the scheduler also rests, for a moment, while it has nothing but
-        KV on its way to wait for: SGLang's loop would take a core from those that compute."""
+        """With `--sleep-on-idle`: reports the load before the scheduler sleeps, and has it rest
+        for a moment also while it only waits for KV on its way, where SGLang's loop would take a
+        core from those that compute."""
         sleeper = scheduler.idle_sleeper
         sleeps = sleeper is not None and scheduler.is_fully_idle()
         if sleeps and self.engine is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from router.tokenizer import load_model_texts
 from sglang_stream.errors import WorkerUnavailable
@@ -37,6 +38,15 @@ def test_a_template_of_the_workers_own(server: dict[str, Any], tmp_path: Path) -
     )
     assert len(opening.tokens) == len("(a)(")
     assert opening.closing == ")"
+
+
+def test_the_ids_are_those_of_transformers(server: dict[str, Any]) -> None:
+    assembler = load_model_texts(server).assembler
+    tokenizer = AutoTokenizer.from_pretrained(server["tokenizer_path"])
+    for text in ("plain words", "a <s> in the text", " é\n\n日本 ", "x" * 5000):
+        plain = tokenizer.encode(text, add_special_tokens=False)
+        assert assembler.chunk(text).tolist() == plain
+        assert assembler.open_text(text).tokens.tolist() == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize(
