@@ -65,8 +65,8 @@ def greeted(workers_secret: str | None, routers_secret: str | None) -> m.Welcome
     """What a router's greeting is answered with by a worker's socket."""
 
     async def main() -> m.Welcome:
-        context = zmq.asyncio.Context()
-        socket = context.socket(zmq.ROUTER)
+        context = zmq.Context()
+        socket = zmq.asyncio.Context(context).socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
         if workers_secret is not None:
             socket.curve_server = True
