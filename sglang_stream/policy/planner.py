@@ -1,88 +1,143 @@
 """Which open streams are computed in the next iteration, and whose KV makes room.
 
-Two phases (Stream2LLM, section 4): *decide* walks the rank and takes what fits the token budget
-and the KV that could be had; *acquire* finds that KV, first what is available, then by preempting
-from the lowest rank upward. Full requests come before open streams; open streams are served first
-come, first served, those with nothing to compute last. A preempted stream counts among these until
-something arrives for it: it takes KV that nobody holds, but no other stream's. Two streams that do
-not fit together would otherwise take each other's KV for ever.
+Two phases (Stream2LLM, section 4). *Decide* walks the rank and takes what fits the iteration's
+budget and the KV that could be had; *acquire* finds that KV, first what is free or can be evicted,
+then by preempting from the lowest rank upward, each victim by the cheaper of recompute and swap
+for that victim.
+
+In memory, full requests come before open streams under every policy: the rank decides who is
+computed first, never whether an open stream may keep a full request out. A *parked* stream, which
+has lost its KV and to which nothing has come since, takes KV that nobody holds, but no other
+stream's: two streams that do not fit together would take each other's KV for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
-from sglang_stream.policy.types import Decision, FullView, Pass, PoolView, StreamView
+from sglang_stream.policy.cost import CostModel
+from sglang_stream.policy.policies import Key, Policy
+from sglang_stream.policy.types import Budget, Decision, Pass, PoolView, Victim, View
 
-
-def rank(streams: Iterable[StreamView]) -> list[StreamView]:
-    """Streams by priority: sealed ones, those that work, the others; by arrival in each group."""
-    return sorted(streams, key=lambda s: (not s.sealed, not s.works, s.arrival))
-
-
-def choose_victims(ranked: Sequence[StreamView], deficit: int) -> tuple[str, ...]:
-    """The fewest streams from the end of `ranked` whose KV covers `deficit`; all if it cannot."""
-    victims: list[str] = []
-    for stream in reversed(ranked):
-        if deficit <= 0:
-            break
-        if stream.held:
-            victims.append(stream.stream_id)
-            deficit -= stream.held
-    return tuple(victims)
+Preemption = Literal["auto", "recompute", "swap", "off"]
+"""How a victim gives its KV up; `off`: open streams never take each other's."""
 
 
-def plan(
-    full: Sequence[FullView],
-    streams: Iterable[StreamView],
-    pool: PoolView,
-    *,
-    pass_tokens: int,
-    page_size: int,
-) -> Decision:
-    """The next iteration, from the full requests at the head of the queue and all streams.
+class Planner:
+    """Plans by a policy, with a machine's costs (None as long as they are not known)."""
 
-    Args:
-        full: waiting full requests in the order in which the engine will admit them, as many as
-            the iteration could admit.
-        streams: every stream that holds KV or has tokens to compute, except those computed now.
-        pool: KV that is available to full requests and to open streams.
-        pass_tokens: the most tokens of open streams in one iteration.
-        page_size: a pass computes whole pages; smaller slices are left for later.
+    def __init__(
+        self, policy: Policy, preemption: Preemption, cost: CostModel | None = None
+    ) -> None:
+        self._policy = policy
+        self._preemption: Preemption = preemption
+        self.cost = cost
 
-    A full request that does not fit even without any stream keeps all KV for itself: open streams
-    then get no pass, and the streams whose KV it may use are preempted, the least of them first.
-    """
-    ranked = rank(streams)
-    need = sum(request.need for request in full)
-    if need > pool.available:
-        # A waiting sealed stream is preempted too, or several of them could block each other.
-        return Decision(victims=choose_victims(ranked, need - pool.available))
+    def plan(
+        self, full: Sequence[View], ranked: Sequence[View], pool: PoolView, budget: Budget
+    ) -> Decision:
+        """The next iteration.
 
-    spare = pool.spare - need
-    taken: list[Pass] = []
-    victims: list[str] = []
-    budget = pass_tokens
-    lower = len(ranked)  # ranked[lower:] has been preempted
-    for index, stream in enumerate(ranked):
-        if stream.sealed or not stream.missing:
-            continue
-        if budget < page_size or index >= lower:
-            break
-        want = min(stream.missing, budget)
-        want -= want % page_size
-        room = want + page_size  # the allocator may round each request up by a page
-        while stream.works and room > spare and lower > index + 1:
-            lower -= 1
-            if ranked[lower].held:
-                victims.append(ranked[lower].stream_id)
-                spare += ranked[lower].held
-        if room > spare:
-            want = spare - page_size
-            want -= want % page_size
-        if want < page_size:
-            break
-        taken.append(Pass(stream.stream_id, want))
-        budget -= want
-        spare -= want + page_size
-    return Decision(tuple(victims), tuple(taken))
+        Args:
+            full: waiting full requests in the order in which the engine will admit them, as many
+                as the iteration could admit.
+            ranked: every stream in the order of the policy; sealed ones that wait are among them.
+            pool: KV that is available to full requests and to open streams.
+            budget: what open streams may compute. Its seconds are also those of the full requests
+                that come before them.
+
+        A full request that does not fit even without any stream keeps all KV for itself: open
+        streams then get no pass, and the streams whose KV it may use are preempted, the least
+        of them first.
+        """
+        need = sum(view.need for view in full)
+        restores = [view.id for view in full if view.restore]
+        if need > pool.available:
+            victims = self._for_full(full, ranked, need - pool.available, pool)
+            return Decision(tuple(victims), tuple(restores))
+        return self._passes(full, ranked, pool, budget, pool.spare - need, restores)
+
+    def make_room(self, ranked: Sequence[View], deficit: int, pool: PoolView) -> list[Victim]:
+        """The fewest streams from the end of `ranked`, open ones first, whose KV covers `deficit`
+        tokens; all if it cannot."""
+        return self._for_full((), ranked, deficit, pool)
+
+    def _for_full(
+        self, full: Sequence[View], ranked: Sequence[View], deficit: int, pool: PoolView
+    ) -> list[Victim]:
+        # A waiting sealed stream is preempted too, or several of them could block each other; it
+        # is wanted soon, so its KV is not copied but left to be evicted.
+        first = full[0].id if full else None
+        victims: list[Victim] = []
+        for sealed in (False, True):
+            for view in reversed(ranked):
+                if deficit <= 0:
+                    return victims
+                if view.full is sealed and view.held and not view.busy and view.id != first:
+                    victims.append(Victim(view.id, not sealed and self._swaps(view, pool)))
+                    deficit -= view.held
+        return victims
+
+    def _passes(
+        self,
+        full: Sequence[View],
+        ranked: Sequence[View],
+        pool: PoolView,
+        budget: Budget,
+        spare: int,
+        restores: list[str],
+    ) -> Decision:
+        tokens, seconds = budget.tokens, budget.seconds
+        prefill = self.cost.prefill if self.cost is not None else None
+        ahead: list[tuple[Key, float]] = []  # full requests and what they take, the last one first
+        if prefill is not None:
+            seconds -= prefill.base_s
+            works = [(self._policy(v), prefill.work_s(v.missing, v.ready)) for v in full]
+            ahead = sorted(works, reverse=True)
+        passes: list[Pass] = []
+        victims: list[Victim] = []
+        lower = len(ranked)  # ranked[lower:] has been looked at for victims
+        for index, view in enumerate(ranked):
+            if index >= lower or tokens < pool.page:
+                break
+            if view.full or view.busy or not view.missing:
+                continue
+            want = min(view.missing, tokens)
+            if prefill is not None:
+                while ahead and ahead[-1][0] < self._policy(view):
+                    seconds -= ahead.pop()[1]
+                want = min(want, prefill.tokens_within(seconds, view.ready))
+            want -= want % pool.page
+            if want < pool.page:
+                break
+            room = view.restore + want + pool.page  # each request may be rounded up by a page
+            takes = not view.parked and self._preemption != "off"
+            while takes and room > spare and lower > index + 1:
+                lower -= 1
+                victim = ranked[lower]
+                if victim.held and not victim.full and not victim.busy:
+                    victims.append(Victim(victim.id, self._swaps(victim, pool)))
+                    spare += victim.held
+            if room > spare:
+                want = spare - view.restore - pool.page
+                want -= want % pool.page
+                if want < pool.page:
+                    if takes:
+                        break
+                    continue
+            if view.restore:
+                restores.append(view.id)
+            passes.append(Pass(view.id, want))
+            tokens -= want
+            spare -= view.restore + want + pool.page
+            if prefill is not None:
+                seconds -= prefill.work_s(want, view.ready)
+        return Decision(tuple(victims), tuple(restores), tuple(passes))
+
+    def _swaps(self, view: View, pool: PoolView) -> bool:
+        if view.held > pool.host or view.saved >= view.held:
+            return False  # no room for a copy, or there is one already
+        if self._preemption == "auto":
+            return self.cost is not None and self.cost.swap_is_cheaper(view.held)
+        return self._preemption == "swap"

@@ -1,73 +1,106 @@
 """What the planner sees and what it decides, as frozen values.
 
-All sizes are KV tokens. A *full* request has its whole prompt (a sealed stream or an ordinary
-request); an open stream is *partial*. `held` KV is locked by a stream; `available` KV is free or
-can be evicted at once.
+All sizes are KV tokens, all times seconds. A *full* request has its whole prompt (a sealed stream
+or an ordinary request); an open stream is *partial*. `held` KV is locked by its stream; `available`
+KV is free or can be evicted at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class FullView:
-    """A full request that waits. `extend`: tokens to compute; `reserve`: tokens it may decode."""
+class View(NamedTuple):
+    """A request as policies and the planner see it.
 
-    extend: int
-    reserve: int
+        tokens  |---- held ----|---- in host memory ----|---- missing ----|
+                0            held                     saved             tokens
 
-    @property
-    def need(self) -> int:
-        return self.extend + self.reserve
-
-
-@dataclass(frozen=True)
-class StreamView:
-    """A stream that holds KV or wants some.
-
-    `arrival` orders streams by their opening. `cacheable`: prompt tokens that fill whole pages;
-    `held`: those whose KV it holds. `sealed`: it waits as a full request and wants no pass.
-    `preempted`: its KV was taken and nothing has arrived for it since.
+    `arrival`: the place of its opening (or of the whole request) in the order of arrival;
+    `latest`: the place of its last chunk among all chunks and requests. `tokens`: prompt tokens
+    that fill whole pages, of a full request all that are to be computed or cached. `held`: the
+    prefix whose KV is on the device; `saved`: the prefix that a copy in host memory ends, 0
+    without one. `reserve`: tokens that it may decode. `busy`: one of its passes runs now.
+    `parked`: it has lost its KV and nothing has arrived for it since. `since_s`: since when it has
+    had something to compute; `work_s`: the predicted time to compute it; `due_s`: when its seal is
+    predicted.
     """
 
-    stream_id: str
+    id: str
     arrival: int
-    cacheable: int
-    held: int
-    sealed: bool = False
-    preempted: bool = False
+    tokens: int
+    held: int = 0
+    full: bool = False
+    latest: int = 0
+    saved: int = 0
+    reserve: int = 0
+    busy: bool = False
+    parked: bool = False
+    since_s: float = 0.0
+    work_s: float = 0.0
+    due_s: float = 0.0
+
+    @property
+    def ready(self) -> int:
+        """The prefix that need not be computed."""
+        return max(self.held, self.saved)
 
     @property
     def missing(self) -> int:
-        return 0 if self.sealed else max(0, self.cacheable - self.held)
+        """Tokens to compute."""
+        return max(0, self.tokens - max(self.held, self.saved))
 
     @property
-    def works(self) -> bool:
-        """It has tokens to compute that are worth taking another stream's KV for."""
-        return self.missing > 0 and not self.preempted
+    def restore(self) -> int:
+        """Tokens that a copy in host memory would bring back."""
+        return max(0, self.saved - self.held)
+
+    @property
+    def need(self) -> int:
+        """KV tokens that a full request wants beyond what it holds."""
+        return max(0, self.tokens - self.held) + self.reserve
 
 
 @dataclass(frozen=True)
 class PoolView:
     """The KV pool. `available`: after what the running requests are likely to decode;
-    `spare`: after all that they may decode, which is what open streams may take."""
+    `spare`: after all that they may decode, which is what open streams may take. `page`: tokens
+    of a page; `host`: tokens of one copy that host memory could take, older copies dropped."""
 
     available: int
     spare: int
+    page: int = 1
+    host: int = 0
 
 
 @dataclass(frozen=True)
-class Pass:
+class Budget:
+    """What open streams may compute in one iteration: `tokens` at most, and no more than is
+    predicted to end within `seconds`, all requests of the iteration together."""
+
+    tokens: int
+    seconds: float
+
+
+class Pass(NamedTuple):
     """A slice of an open stream to compute: at most `tokens` beyond what it holds."""
 
-    stream_id: str
+    id: str
     tokens: int
 
 
-@dataclass(frozen=True)
-class Decision:
-    """One iteration's plan: whose KV is given up, in this order, and which passes run."""
+class Victim(NamedTuple):
+    """A stream whose KV is given up: copied to host memory first (`swap`), or computed again."""
 
-    victims: tuple[str, ...] = ()
+    id: str
+    swap: bool
+
+
+class Decision(NamedTuple):
+    """One iteration's plan: whose KV is given up, whose copy comes back from host memory, and
+    which passes run, each in this order."""
+
+    victims: tuple[Victim, ...] = ()
+    restores: tuple[str, ...] = ()
     passes: tuple[Pass, ...] = ()

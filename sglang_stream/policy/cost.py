@@ -1,0 +1,66 @@
+"""What a machine's prefill and swaps take, as curves that were measured or derived.
+
+    prefill  base + per_token * new + per_pair * new * (cached + new / 2)
+    swap     base + per_token * tokens, each way
+
+`per_pair` is attention: each of the new tokens attends to all tokens before it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Seconds to compute `new` prompt tokens on top of `cached` ones, in one forward."""
+
+    base_s: float
+    per_token_s: float
+    per_pair_s: float
+
+    def seconds(self, new: int, cached: int = 0) -> float:
+        return self.base_s + self.work_s(new, cached)
+
+    def work_s(self, new: int, cached: int = 0) -> float:
+        """Without the cost of the forward itself, which several slices share."""
+        return self.per_token_s * new + self.per_pair_s * new * (cached + new / 2)
+
+    def tokens_within(self, seconds: float, cached: int = 0) -> int:
+        """The most new tokens whose `work_s` is within `seconds`."""
+        if seconds <= 0:
+            return 0
+        linear = self.per_token_s + self.per_pair_s * cached
+        if self.per_pair_s <= 0:
+            return int(seconds / linear) if linear > 0 else 1 << 30
+        root = math.sqrt(linear * linear + 2 * self.per_pair_s * seconds)
+        return int((root - linear) / self.per_pair_s)
+
+
+@dataclass(frozen=True)
+class Copying:
+    """Seconds to copy the KV of `tokens` between the device and host memory, one way."""
+
+    base_s: float
+    per_token_s: float
+
+    def seconds(self, tokens: int) -> float:
+        return self.base_s + self.per_token_s * tokens
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """A machine with a model on it."""
+
+    prefill: Prefill
+    swap_out: Copying
+    swap_in: Copying
+
+    def swap_is_cheaper(self, held: int) -> bool:
+        """Whether a stream's `held` tokens are copied out and back sooner than computed again.
+
+        The victim's own size counts (the paper takes the newcomer's).
+        """
+        copied = self.swap_out.seconds(held) + self.swap_in.seconds(held)
+        return copied < self.prefill.seconds(held)

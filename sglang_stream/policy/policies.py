@@ -1,0 +1,69 @@
+"""The policies: each is one function from a request to its sort key, least first.
+
+A key holds no current time, so it changes only when the request does, and an order can be kept
+instead of made anew (`order.Order`). `fcfs`, `lcas`, `mcps`: Stream2LLM, section 4; `default` is
+the order of an engine that knows nothing of streams. `srpf` and `slack` are our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from sglang_stream.policy.types import View
+
+PolicyName = Literal["default", "fcfs", "lcas", "mcps", "srpf", "slack"]
+Key = tuple[float, ...]
+Policy = Callable[[View], Key]
+
+AGEING = 0.05
+"""Seconds of predicted prefill that a second of waiting is worth, in `srpf`.
+
+Keys age alike, so their order does not change with time. The bound: a request with `work_s` left
+that waits since `since_s` is overtaken only by work that came before `since_s + work_s / AGEING`.
+"""
+
+
+def default(view: View) -> Key:
+    """By arrival, full or not: the place of a stream's opening counts."""
+    return (view.arrival,)
+
+
+def fcfs(view: View) -> Key:
+    """Full requests first, then open streams that have something to compute; each by arrival."""
+    return (not view.full, not view.full and not view.missing, view.arrival)
+
+
+def lcas(view: View) -> Key:
+    """As `fcfs`, each group by the arrival of the last chunk."""
+    return (not view.full, not view.full and not view.missing, view.latest, view.arrival)
+
+
+def mcps(view: View) -> Key:
+    """Full or not, the most computed tokens first, then by arrival."""
+    return (not view.full and not view.missing, -view.ready, view.arrival)
+
+
+def srpf(view: View) -> Key:
+    """Full requests first, then open streams that have something to compute; in each group the
+    shortest remaining prefill first, with ageing so that nobody starves."""
+    idle = not view.full and not view.missing
+    return (not view.full, idle, view.work_s + AGEING * view.since_s, view.arrival)
+
+
+def slack(view: View) -> Key:
+    """Full requests as `srpf`; open streams by the latest time at which their prefill must begin
+    to be done at the predicted seal."""
+    if view.full:
+        return srpf(view)
+    return (True, not view.missing, view.due_s - view.work_s, view.arrival)
+
+
+POLICIES: dict[PolicyName, Policy] = {
+    "default": default,
+    "fcfs": fcfs,
+    "lcas": lcas,
+    "mcps": mcps,
+    "srpf": srpf,
+    "slack": slack,
+}
