@@ -11,6 +11,8 @@ from typing import Literal
 import msgspec
 
 from sglang_stream.messages import Role
+from sglang_stream.policy.cost import CostModel
+from sglang_stream.policy.types import Invalidation, PolicyName, Preemption
 
 ENGINE_VARIABLE = "SGLANG_STREAM"
 SECRET_VARIABLE = "SGLANG_STREAM_SECRET"
@@ -26,16 +28,26 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `host`, `port`: where the socket for chunk events is bound; port 0 takes a free one (a router
     finds it through the worker's `/get_server_info`). `max_streams`: open at once.
     `pass_tokens`: the most tokens of open streams computed in one iteration.
-    `max_prompt_tokens`: of one stream, None for the model's context length. `secret`: only
-    routers that have the same one can reach the socket, and what is said is encrypted. `served`:
-    started by `sglang-stream serve`, which tells its users the process's number.
+    `pass_ms`: how long an iteration may be predicted to take for it to have passes. `cost`: the
+    machine's costs; None to learn the prefill's from the passes, in which case `auto` preemption
+    never swaps. `policy`, `preemption`, `invalidation`: see `policy.types`. `host_memory_gb`: for
+    copies of preempted streams' KV, GiB of each tensor-parallel rank. `max_prompt_tokens`: of one
+    stream, None for the model's context length. `secret`: only routers that have the same one can
+    reach the socket, and what is said is encrypted. `served`: started by `sglang-stream serve`,
+    which tells its users the process's number.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
     max_streams: int = 1024
     max_prompt_tokens: int | None = None
-    pass_tokens: int = 512
+    policy: PolicyName = "fcfs"
+    pass_tokens: int = 2048
+    pass_ms: float = 50.0
+    preemption: Preemption = "auto"
+    host_memory_gb: float = 4.0
+    invalidation: Invalidation = "soft"
+    cost: CostModel | None = None
     credits: int = 256
     secret: str | None = None
     served: bool = False

@@ -21,7 +21,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 SEAL_KEY = "sglang_stream"
 Mode = Literal["append", "update"]
 State = Literal["open", "sealed", "finished", "aborted"]
@@ -138,7 +138,7 @@ class Usage(Message, frozen=True, tag=True, array_like=True):
     """The counters of one stream, in tokens unless the name says otherwise (see the README).
 
     `early_kv_bytes`, `late_kv_bytes`: KV sent to the decode worker before and after the last
-    forward.
+    forward. `preemptions`: how often its KV was given up for others.
     """
 
     chunks: int = 0
@@ -149,10 +149,14 @@ class Usage(Message, frozen=True, tag=True, array_like=True):
     ready_tokens: int = 0
     early_kv_bytes: int = 0
     late_kv_bytes: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
 
 
 class Status(Message, frozen=True, tag=True, array_like=True):
-    """A stream as its worker sees it. `seq`: the last one applied; `tokens`: prompt length."""
+    """A stream as its worker sees it. `seq`: the last one applied; `tokens`: prompt length;
+    `held`, `saved`: the prefix whose KV is on the device, and in host memory; `place`: in the
+    order in which streams are served, 0 for the first, None once it is out of that order."""
 
     stream_id: str
     mode: Mode
@@ -160,6 +164,9 @@ class Status(Message, frozen=True, tag=True, array_like=True):
     seq: int
     tokens: int
     usage: Usage
+    held: int = 0
+    saved: int = 0
+    place: int | None = None
 
 
 class Copy(Message, frozen=True, tag=True, array_like=True):

@@ -21,7 +21,7 @@ import typer
 from sglang_stream.cli import options as o
 from sglang_stream.cli.addresses import join_bootstrap_ports
 from sglang_stream.cli.router_options import OpenStreams, with_router_flags
-from sglang_stream.config import SECRET_VARIABLE, EngineConfig, RouterConfig
+from sglang_stream.config import SECRET_VARIABLE, EngineConfig, RouterConfig, load_profile
 from sglang_stream.errors import InvalidRequest, StreamError, WorkerUnavailable
 
 WITH_SGLANG_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -72,6 +72,12 @@ def run_serve(
     start_timeout_s: o.StartTimeout = 600.0,
     max_prompt_tokens: o.PromptTokens = o.ENGINE.max_prompt_tokens,
     stream_pass_tokens: o.PassTokens = o.ENGINE.pass_tokens,
+    stream_policy: o.StreamPolicy = o.ENGINE.policy,
+    stream_pass_ms: o.PassMs = None,
+    preemption: o.PreemptionKind = o.ENGINE.preemption,
+    stream_host_memory_gb: o.HostMemoryGb = o.ENGINE.host_memory_gb,
+    invalidation: o.InvalidationKind = o.ENGINE.invalidation,
+    profile: o.ProfileName = None,
 ) -> None:
     """Serve a model: its workers and the router in front of them, until Ctrl-C.
 
@@ -92,6 +98,7 @@ def run_serve(
     if prefill_workers or decode_workers:
         _require("disaggregation", "mooncake")
     _require_model(model_path)
+    known = _known(profile)
     port = settings.port or choose_port(settings.host)
     require_free_port(settings.host, port)
     addresses = plan_workers(workers, prefill_workers, decode_workers)
@@ -100,7 +107,13 @@ def run_serve(
         EngineConfig(
             max_streams=settings.max_open_streams,
             max_prompt_tokens=max_prompt_tokens,
+            policy=stream_policy,
             pass_tokens=stream_pass_tokens,
+            pass_ms=stream_pass_ms or known.pass_ms,
+            preemption=preemption,
+            host_memory_gb=stream_host_memory_gb,
+            invalidation=invalidation,
+            cost=known.cost,
             secret=settings.secret,
             served=True,
         ),
@@ -121,6 +134,12 @@ def run_worker(
     max_open_streams: OpenStreams = o.ENGINE.max_streams,
     max_prompt_tokens: o.PromptTokens = o.ENGINE.max_prompt_tokens,
     stream_pass_tokens: o.PassTokens = o.ENGINE.pass_tokens,
+    stream_policy: o.StreamPolicy = o.ENGINE.policy,
+    stream_pass_ms: o.PassMs = None,
+    preemption: o.PreemptionKind = o.ENGINE.preemption,
+    stream_host_memory_gb: o.HostMemoryGb = o.ENGINE.host_memory_gb,
+    invalidation: o.InvalidationKind = o.ENGINE.invalidation,
+    profile: o.ProfileName = None,
 ) -> None:
     """Start a worker alone: SGLang's own server, with stream support.
 
@@ -139,6 +158,7 @@ def run_worker(
 
     _require("server", "sglang")
     _require_model(model_path)
+    known = _known(profile)
     argv, additions = worker_command(
         model_path,
         EngineConfig(
@@ -146,7 +166,13 @@ def run_worker(
             port=stream_port,
             max_streams=max_open_streams,
             max_prompt_tokens=max_prompt_tokens,
+            policy=stream_policy,
             pass_tokens=stream_pass_tokens,
+            pass_ms=stream_pass_ms or known.pass_ms,
+            preemption=preemption,
+            host_memory_gb=stream_host_memory_gb,
+            invalidation=invalidation,
+            cost=known.cost,
             secret=os.environ.get(SECRET_VARIABLE),
         ),
         ctx.args,
@@ -223,6 +249,14 @@ def version() -> None:
     except metadata.PackageNotFoundError:
         engine = "SGLang is not installed"
     print(f"sglang-stream {metadata.version('sglang-stream')} ({engine})")
+
+
+def _known(profile: str | None) -> EngineConfig:
+    """The engine's defaults with what the profile of that name or file says."""
+    if profile is None:
+        return o.ENGINE
+    loaded = load_profile(profile)
+    return msgspec.structs.replace(o.ENGINE, pass_ms=loaded.pass_ms, cost=loaded.cost)
 
 
 def _require(extra: str, *packages: str) -> None:

@@ -10,12 +10,14 @@ import typer
 
 from sglang_stream.config import EngineConfig
 from sglang_stream.messages import Role
+from sglang_stream.policy.types import Invalidation, PolicyName, Preemption
 
 ENGINE = EngineConfig()
 
 _SERVER = "Server"
 _LIMITS = "Limits"
 _WORKERS = "Workers"
+_SCHEDULING = "Scheduling of open streams"
 
 ModelPath = Annotated[
     str,
@@ -50,9 +52,67 @@ PassTokens = Annotated[
     typer.Option(
         "--stream-pass-tokens",
         min=1,
-        help="Tokens of open streams computed in one iteration: a request that is complete "
-        "never waits for more.",
+        help="Tokens of open streams computed in one iteration, at most.",
         rich_help_panel=_LIMITS,
+    ),
+]
+PassMs = Annotated[
+    float | None,
+    typer.Option(
+        "--stream-pass-ms",
+        min=0.001,
+        help="How long an iteration that computes open streams may be predicted to take: a request "
+        "that is complete never waits for more.",
+        show_default="the profile's, else 50",
+        rich_help_panel=_SCHEDULING,
+    ),
+]
+StreamPolicy = Annotated[
+    PolicyName,
+    typer.Option(
+        "--stream-policy",
+        help="Who is computed first. fcfs: complete requests, then open streams, by arrival. lcas: "
+        "the same by the arrival of the last chunk. mcps: most computed tokens first. srpf: "
+        "complete ones, then shortest remaining prefill, with ageing. slack: open streams by the "
+        "time that is left until their predicted end. default: by arrival alone.",
+        rich_help_panel=_SCHEDULING,
+    ),
+]
+PreemptionKind = Annotated[
+    Preemption,
+    typer.Option(
+        "--preemption",
+        help="How an open stream gives up its KV when memory is short: computed again, copied to "
+        "host memory and back, or the cheaper (auto). off: only to complete requests.",
+        rich_help_panel=_SCHEDULING,
+    ),
+]
+HostMemoryGb = Annotated[
+    float,
+    typer.Option(
+        "--stream-host-memory-gb",
+        min=0,
+        help="GiB of host memory for the KV of preempted streams, of each GPU.",
+        rich_help_panel=_SCHEDULING,
+    ),
+]
+InvalidationKind = Annotated[
+    Invalidation,
+    typer.Option(
+        "--invalidation",
+        help="What becomes of KV that an update has made useless: the first to be evicted (a list "
+        "that flips back finds it again), or freed at once.",
+        rich_help_panel=_SCHEDULING,
+    ),
+]
+ProfileName = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        help="What prefill and swaps take on this machine: a file that `sglang-stream calibrate` "
+        "wrote, or a name.",
+        show_default="learned while it works",
+        rich_help_panel=_SCHEDULING,
     ),
 ]
 WorkerUrls = Annotated[

@@ -13,13 +13,16 @@ Seams used: `mem_cache/radix_cache.py` of SGLang 0.5.17.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
+from sglang_stream.engine.host import KvCopy, copy_in, copy_out
 from sglang_stream.messages import PREFIX_BLOCK, prefix_blocks
 
 TokenIds = array  # array("q"), the type that SGLang keys its tree with
@@ -27,10 +30,14 @@ TokenIds = array  # array("q"), the type that SGLang keys its tree with
 
 @dataclass(frozen=True)
 class Hold:
-    """A locked prefix: its deepest node and its length in tokens, a multiple of the page size."""
+    """A locked prefix: its deepest node and its length in tokens, a multiple of the page size.
+
+    `found`: tokens of it that an update had left behind and that were still there.
+    """
 
     node: Any
     length: int
+    found: int = 0
 
 
 class Holder(Protocol):
@@ -44,8 +51,20 @@ class Holder(Protocol):
     def release(self, hold: Hold | None) -> None:
         """Gives a hold back; its pages stay cached until they are evicted."""
 
-    def prune(self, leaf: Any, keep: Hold | None) -> int:
-        """Frees what only a dead branch needs; the tokens freed."""
+    def prune(self, leaf: Any, keep: Hold | None) -> None:
+        """Frees what only a dead branch needs."""
+
+    def leave(self, leaf: Any, keep: Hold | None) -> None:
+        """Makes what only a dead branch needs the first to be evicted."""
+
+    def copy_out(self, hold: Hold) -> KvCopy | None:
+        """The held KV in host memory; None where the pool cannot be copied."""
+
+    def bring_back(
+        self, tokens: TokenIds[int], namespace: str | None, copy: KvCopy, old: Hold | None
+    ) -> tuple[Hold | None, int]:
+        """Holds the prefix that `copy` ends in place of `old`, less if there is no room. Also
+        returns the tokens that were copied."""
 
 
 class NoHolds:
@@ -58,8 +77,17 @@ class NoHolds:
 
     def release(self, hold: Hold | None) -> None: ...
 
-    def prune(self, leaf: Any, keep: Hold | None) -> int:
-        return 0
+    def prune(self, leaf: Any, keep: Hold | None) -> None: ...
+
+    def leave(self, leaf: Any, keep: Hold | None) -> None: ...
+
+    def copy_out(self, hold: Hold) -> KvCopy | None:
+        return None
+
+    def bring_back(
+        self, tokens: TokenIds[int], namespace: str | None, copy: KvCopy, old: Hold | None
+    ) -> tuple[Hold | None, int]:
+        return old, 0
 
 
 @dataclass
@@ -73,14 +101,21 @@ class BlockChanges:
 class StreamRadixCache(RadixCache):
     """RadixCache plus taking, moving and releasing holds, and pruning a dead branch.
 
-    It also keeps the fingerprints of all prefix blocks in the tree, for routers.
+    It also keeps the fingerprints of all prefix blocks in the tree, for routers. `_left`: nodes of
+    dead branches that wait to be evicted before all others.
     """
+
+    def __init__(self, params: Any) -> None:
+        self._left: set[Any] = set()
+        super().__init__(params)
+        self.eviction_strategy: Any = _LeftFirst(self.eviction_strategy, self._left)
 
     def reset(self) -> None:
         super().reset()  # also called by the constructor
         gone = dict.fromkeys(getattr(self, "blocks", ()), False)
         self._changes: dict[bytes, bool] = getattr(self, "_changes", {}) | gone
         self.blocks: set[bytes] = set()
+        self._left.clear()
 
     def take_block_changes(self) -> BlockChanges:
         """What has changed since the last call."""
@@ -100,8 +135,9 @@ class StreamRadixCache(RadixCache):
         """
         match = self.match_prefix(MatchPrefixParams(key=RadixKey(tokens, namespace)))
         length = len(match.device_indices)
-        hold = Hold(match.last_device_node, length) if length else None
-        if hold is not None:
+        hold = None
+        if length:
+            hold = Hold(match.last_device_node, length, self._found(match.last_device_node))
             self.inc_lock_ref(hold.node)
         self.release(old)
         return hold
@@ -111,27 +147,95 @@ class StreamRadixCache(RadixCache):
         if hold is not None:
             self.dec_lock_ref(hold.node)
 
-    def prune(self, leaf: Any, keep: Hold | None) -> int:
+    def prune(self, leaf: Any, keep: Hold | None) -> None:
         """Frees the branch from `leaf` upward, up to but not including `keep`'s node.
 
         Stops at the first node that somebody else holds or that has other children: what another
-        stream or request shares stays. Returns the tokens freed. A node that SGLang has evicted
-        meanwhile has left the tree, which the walk recognises by its parent's children.
+        stream or request shares stays.
         """
+        for node in self._dead_branch(leaf, keep):
+            if node.children:
+                break
+            self.token_to_kv_pool_allocator.free_segment(node.value, start_pos=0)
+            self._delete_leaf(node)
+            self._record_remove_event(node)
+
+    def leave(self, leaf: Any, keep: Hold | None) -> None:
+        """Leaves that branch in the tree, as the first to be evicted."""
+        for node in self._dead_branch(leaf, keep):
+            if any(child not in self._left for child in node.children.values()):
+                break
+            self._left.add(node)
+
+    def copy_out(self, hold: Hold) -> KvCopy | None:
+        """The held KV in host memory; None where the pool cannot be copied."""
+        values = [node.value for node in self._path(hold.node)]
+        return copy_out(self.token_to_kv_pool_allocator, torch.cat(values[::-1]))
+
+    def bring_back(
+        self, tokens: TokenIds[int], namespace: str | None, copy: KvCopy, old: Hold | None
+    ) -> tuple[Hold | None, int]:
+        """Puts KV from host memory back into the tree and holds it in place of `old`.
+
+            tokens  |--- still in the tree ---|--- from the copy ---|
+                    0                        have              copy.length
+
+        Without room for it (evicting what nobody holds included) only what the tree has is held.
+        Also returns the tokens that were copied.
+        """
+        hold = self.take(tokens, namespace, old)
+        have = hold.length if hold is not None else 0
+        missing = copy.length - have
+        allocator = self.token_to_kv_pool_allocator
+        if missing <= 0:
+            return hold, 0
+        if allocator.available_size() < missing:
+            self.evict(EvictParams(num_tokens=missing - allocator.available_size()))
+        slots = allocator.alloc(missing) if allocator.available_size() >= missing else None
+        if slots is None:
+            return hold, 0
+        copy_in(allocator, copy, have, slots)
+        key = RadixKey(tokens[: copy.length], namespace)
+        values = [n.value for n in self._path(hold.node)][::-1] if hold is not None else []
+        self.insert(InsertParams(key=key, value=torch.cat([*values, slots])))
+        return self.take(tokens, namespace, hold), missing
+
+    def _dead_branch(self, leaf: Any, keep: Hold | None) -> Iterator[Any]:
+        """The nodes from `leaf` upward that nobody holds, up to `keep`'s node. A node that SGLang
+        has evicted meanwhile has left the tree, which its parent's children tell."""
         stop = self.root_node if keep is None else keep.node
-        freed = 0
         node = leaf
         while node is not stop and node is not self.root_node:
             parent = node.parent
             child_key = node.key.child_key(self.page_size)
-            if node.lock_ref or node.children or parent.children.get(child_key) is not node:
-                break
-            self.token_to_kv_pool_allocator.free_segment(node.value, start_pos=0)
-            freed += len(node.value)
-            self._delete_leaf(node)
-            self._record_remove_event(node)
+            if node.lock_ref or parent.children.get(child_key) is not node:
+                return
+            yield node
             node = parent
-        return freed
+
+    def _path(self, node: Any) -> Iterator[Any]:
+        """The nodes from `node` upward, without the root."""
+        while node is not self.root_node:
+            yield node
+            node = node.parent
+
+    def _found(self, node: Any) -> int:
+        """Tokens up to `node` that had been left behind; they are no longer."""
+        if not self._left:
+            return 0
+        again = [n for n in self._path(node) if n in self._left]
+        self._left.difference_update(again)
+        return sum(len(n.key) for n in again)
+
+    def _split_node(self, key: Any, child: Any, split_len: int) -> Any:
+        upper = super()._split_node(key, child, split_len)
+        if child in self._left:
+            self._left.add(upper)
+        return upper
+
+    def _delete_leaf(self, node: Any) -> None:
+        self._left.discard(node)
+        super()._delete_leaf(node)
 
     def _record_store_event(self, node: Any) -> None:
         super()._record_store_event(node)
@@ -144,6 +248,17 @@ class StreamRadixCache(RadixCache):
         for block in _blocks_ending_in(node):
             self.blocks.discard(block)
             self._changes[block] = False
+
+
+class _LeftFirst:
+    """An eviction strategy of SGLang that gives up nodes of dead branches before all others."""
+
+    def __init__(self, strategy: Any, left: set[Any]) -> None:
+        self._strategy = strategy
+        self._left = left
+
+    def get_priority(self, node: Any) -> tuple[bool, Any]:
+        return node not in self._left, self._strategy.get_priority(node)
 
 
 def _blocks_ending_in(node: Any) -> list[bytes]:

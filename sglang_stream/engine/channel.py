@@ -14,6 +14,7 @@ from sglang_stream import messages as m
 from sglang_stream.config import EngineConfig
 from sglang_stream.engine.metrics import EngineMetrics
 from sglang_stream.errors import Malformed, StreamError
+from sglang_stream.policy import CostModel
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,14 @@ class StreamEvent:
     call_id: bytes
     event: m.Event | m.Resync
     now: float
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Rank 0's clock, and its costs where they are new."""
+
+    now: float
+    cost: CostModel | None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     receive     chunk events join the requests that rank 0 pulls, so that all ranks see both
     handle      each event changes the table and is answered
     seal        a small `/generate` call becomes the stream's request
-    schedule    victims are unlocked, passes join the batch behind the full requests
+    schedule    passes join SGLang's batches as planned (`schedule.py`)
     finish      a pass's KV is held; a request that ended lets its stream go
 
 Every step is deterministic in the events and SGLang's own state, so tensor-parallel ranks agree.
@@ -23,13 +23,17 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang_stream import messages as m
 from sglang_stream.config import EngineConfig
 from sglang_stream.engine.cache import Holder
-from sglang_stream.engine.channel import Channel, Expire, StreamEvent, refusal
+from sglang_stream.engine.channel import Channel, Expire, StreamEvent, Tick, refusal
+from sglang_stream.engine.host import HostMemory, kv_bytes_per_token
+from sglang_stream.engine.learn import CostLearner
 from sglang_stream.engine.metrics import EngineMetrics
-from sglang_stream.engine.passes import build_pass, ticket_of
+from sglang_stream.engine.passes import ticket_of
 from sglang_stream.engine.reporter import Reporter
 from sglang_stream.engine.roles import queued, role_of
+from sglang_stream.engine.schedule import Scheduling
 from sglang_stream.engine.seal import check_ordinary, refuse, seal, seal_call
-from sglang_stream.engine.table import Limits, Stream, StreamTable
+from sglang_stream.engine.stream import Stream
+from sglang_stream.engine.table import Limits, StreamTable
 from sglang_stream.errors import (
     SequenceConflict,
     SequenceGap,
@@ -37,17 +41,8 @@ from sglang_stream.errors import (
     StreamMoved,
     StreamNotFound,
 )
-from sglang_stream.policy import (
-    Decision,
-    FullView,
-    PoolView,
-    StreamView,
-    choose_victims,
-    plan,
-    rank,
-)
+from sglang_stream.policy import CostModel
 
-_CLIP_MAX_NEW = 4096  # SGLang reserves at most this many decode tokens for a request
 _EXPIRY_INTERVAL_S = 0.25
 
 # How refused events are counted.
@@ -80,38 +75,61 @@ class StreamEngine:
         self._config = config
         self._channel = channel
         self._metrics = metrics
-        self._page = scheduler.page_size
         self.role = role_of(scheduler)
-        self.table = StreamTable(holder, limits, metrics)
-        self._passes_built = 0
-        self._running_passes = 0
-        self._decode_is_due = False
+        allocator = scheduler.token_to_kv_pool_allocator
+        self.table = StreamTable(
+            holder,
+            limits,
+            metrics,
+            policy=config.policy,
+            invalidation=config.invalidation,
+            host=HostMemory.for_pool(allocator, config.host_memory_gb),
+            page_size=scheduler.page_size,
+        )
         self._next_expiry_s = 0.0
         self._sealed_at: dict[str, float] = {}
         self._welcome: m.Welcome | None = None
         self._reporter: Reporter | None = None
+        self._learner: CostLearner | None = None
         if channel is not None:
             pool = scheduler.max_total_num_tokens
             self._welcome = channel.welcome(
-                self.role, context_len, limits.vocab_size, self._page, pool
+                self.role, context_len, limits.vocab_size, scheduler.page_size, pool
             )
-            self._reporter = Reporter(scheduler, self.table, channel)
+            self._learner = CostLearner(kv_bytes_per_token(allocator))
+            self._reporter = Reporter(scheduler, self.table, channel, self._learner)
+        self.scheduling = Scheduling(scheduler, self.table, config, self._learner)
+        if config.cost is not None:
+            self.scheduling.learn(config.cost)
 
     # --- receive and handle -------------------------------------------------------------------
 
-    def receive(self) -> list[StreamEvent | Expire]:
+    def receive(self) -> list[StreamEvent | Expire | Tick]:
         """What has arrived since the last poll, and who has been idle for too long (rank 0)."""
         if self._channel is None or self._welcome is None or self._reporter is None:
             return []
         self._reporter.tick()
-        events: list[StreamEvent | Expire] = [*self._channel.poll(self._welcome)]
+        events: list[StreamEvent | Expire | Tick] = [*self._channel.poll(self._welcome)]
         now = time.monotonic()
+        if events or self.table.live:
+            events.insert(0, Tick(now, self._new_cost()))
         if self.table.live and now >= self._next_expiry_s:
             self._next_expiry_s = now + _EXPIRY_INTERVAL_S
             expired = self.table.expired(now)
             if expired:
                 events.append(Expire(tuple(expired)))
         return events
+
+    def tick(self, tick: Tick) -> None:
+        """The time and the costs by which all ranks decide."""
+        self.table.now = tick.now
+        if tick.cost is not None:
+            self.scheduling.learn(tick.cost)
+
+    def _new_cost(self) -> CostModel | None:
+        if self._config.cost is not None or self._learner is None:
+            return None
+        return self._learner.fitted()
 
     def handle(self, received: StreamEvent) -> None:
         """Applies one event and answers it."""
@@ -245,7 +263,7 @@ class StreamEngine:
                 if id(request) in waiting:
                     continue
                 if request.req_pool_idx is not None:
-                    self.table.release(stream)
+                    self.table.admitted(stream)
                     continue
             self._sealed_at.pop(stream.rid or "", None)
             if request is not None and _was_refused(request) and not stream.aborted:
@@ -257,161 +275,22 @@ class StreamEngine:
     # --- schedule -----------------------------------------------------------------------------
 
     def schedule(self, original: Any, running_batch: ScheduleBatch) -> Any:
-        """Forms the next prefill batch with the passes that the plan allows."""
-        batch_plan = self._schedule(original, running_batch)
+        """Forms the next prefill batch, with passes where streams are open."""
+        self.settle()
+        if self.table.live:
+            batch_plan = self.scheduling.form_batch(original, running_batch)
+        else:
+            batch_plan = original(self._scheduler, running_batch)
         batch = batch_plan.batch_to_run
         if self._reporter is not None and batch is not None:
-            self._reporter.before_forward(batch.extend_num_tokens or 0)
+            self._reporter.before_forward(batch)
         return batch_plan
-
-    def _schedule(self, original: Any, running_batch: ScheduleBatch) -> Any:
-        self.settle()
-        if not self.table.live:
-            return original(self._scheduler, running_batch)
-        scheduler = self._scheduler
-        # SGLang sets this flag when locked KV kept a request out and would not look again.
-        running_batch.batch_is_full = False
-        self._drop_passes(running_batch)
-        withheld = self._withhold()
-        decision = self._decide(running_batch)
-        for stream_id in decision.victims:
-            self.table.preempt(self.table.live[stream_id])
-        passes = self._build_passes(decision)
-        scheduler.waiting_queue.extend(passes)
-        batch_plan = original(scheduler, running_batch)
-        left_over = {id(r) for r in passes}
-        scheduler.waiting_queue = withheld + [
-            r for r in scheduler.waiting_queue if id(r) not in left_over
-        ]
-        self._started(batch_plan.batch_to_run)
-        return batch_plan
-
-    def make_room_to_decode(self, batch: ScheduleBatch) -> None:
-        """Unlocks victims if the next decode step would not fit, before SGLang retracts anybody."""
-        if not self.table.held_tokens:
-            return
-        need = batch.new_tokens_required_next_decode()
-        deficit = need - self._free_and_evictable()
-        if deficit > 0:
-            for stream_id in choose_victims(rank(self._views()), deficit):
-                self.table.preempt(self.table.live[stream_id])
-
-    @staticmethod
-    def _drop_passes(running_batch: ScheduleBatch) -> None:
-        """Keeps passes out of the decode step.
-
-        With the overlap schedule a batch joins the running one before its results are known; a
-        pass would be given a decode slot there that it never needs.
-        """
-        keep = [i for i, r in enumerate(running_batch.reqs) if ticket_of(r) is None]
-        if len(keep) < len(running_batch.reqs):
-            running_batch.filter_batch(keep_indices=keep)
-
-    def _withhold(self) -> list[Req]:
-        """Takes sealed requests whose last pass still runs out of the queue for one iteration.
-
-        With the overlap schedule the KV of that pass reaches the tree only after the next batch
-        was formed: admitted now, they would compute it again.
-        """
-        waiting = {
-            id(s.request) for s in self.table.live.values() if s.in_flight and s.request is not None
-        }
-        if not waiting:
-            return []
-        queue = self._scheduler.waiting_queue
-        self._scheduler.waiting_queue = [r for r in queue if id(r) not in waiting]
-        return [r for r in queue if id(r) in waiting]
-
-    def _decide(self, running_batch: ScheduleBatch) -> Decision:
-        full = self._full_views(running_batch)
-        if not full and not self._wants_pass():
-            return Decision()
-        # After an iteration of passes alone the running requests decode once: they are full.
-        if self._decode_is_due and not running_batch.is_empty():
-            budget = 0
-        else:
-            budget = self._config.pass_tokens
-        return plan(
-            full,
-            self._views(),
-            self._pool_view(running_batch),
-            pass_tokens=budget,
-            page_size=self._page,
-        )
-
-    def _wants_pass(self) -> bool:
-        """Whether any stream has something to compute; idle ones must not cost each decode step."""
-        return any(
-            s.held < s.cacheable(self._page) and not s.in_flight and s.session.state == "open"
-            for s in self.table.live.values()
-        )
-
-    def _views(self) -> list[StreamView]:
-        views = (s.view(self._page) for s in self.table.live.values() if not s.in_flight)
-        return [v for v in views if v.held or v.missing]
-
-    def _full_views(self, running_batch: ScheduleBatch) -> list[FullView]:
-        """The full requests that the next iteration could admit, in SGLang's order."""
-        scheduler = self._scheduler
-        slots = scheduler.get_num_allocatable_reqs(len(running_batch.reqs))
-        budget = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
-        held = {id(s.request): s.held for s in self.table.live.values() if s.request is not None}
-        queue = scheduler.waiting_queue
-        if scheduler.chunked_req is not None:
-            queue = [scheduler.chunked_req, *queue]
-        full: list[FullView] = []
-        for request in queue:
-            if len(full) >= slots or budget <= 0:
-                break
-            known = held.get(id(request), len(request.prefix_indices))
-            extend = len(request.origin_input_ids) + len(request.output_ids) - known
-            left = request.sampling_params.max_new_tokens - len(request.output_ids)
-            full.append(FullView(extend, min(max(left, 0), _CLIP_MAX_NEW) + 2 * self._page))
-            budget -= extend
-        return full
-
-    def _pool_view(self, running_batch: ScheduleBatch) -> PoolView:
-        """KV for full requests as SGLang's PrefillAdder counts it, and for open streams with
-        everything set aside that the running requests may still decode."""
-        reserve = sum(
-            min(max(r.sampling_params.max_new_tokens - len(r.output_ids), 0), _CLIP_MAX_NEW)
-            for r in running_batch.reqs
-        )
-        ratio = self._scheduler.new_token_ratio_tracker.current
-        free = self._free_and_evictable()
-        return PoolView(available=free - int(reserve * ratio), spare=free - reserve)
-
-    def _free_and_evictable(self) -> int:
-        scheduler = self._scheduler
-        allocator = scheduler.token_to_kv_pool_allocator
-        return int(allocator.available_size() + scheduler.tree_cache.evictable_size())
-
-    def _build_passes(self, decision: Decision) -> list[Req]:
-        passes: list[Req] = []
-        for chosen in decision.passes:
-            stream = self.table.live[chosen.stream_id]
-            if stream.hold is None:
-                self.table.hold_cached(stream)
-                if stream.held >= stream.cacheable(self._page):
-                    continue
-            self._passes_built += 1
-            passes.append(build_pass(self._scheduler, stream, chosen.tokens, self._passes_built))
-        return passes
-
-    def _started(self, batch: ScheduleBatch | None) -> None:
-        tickets = [t for r in batch.reqs if (t := ticket_of(r))] if batch is not None else []
-        for ticket in tickets:
-            ticket.stream.in_flight = True
-        self._running_passes += len(tickets)
-        self._decode_is_due = (
-            bool(tickets) and batch is not None and len(tickets) == len(batch.reqs)
-        )
 
     # --- finish -------------------------------------------------------------------------------
 
     def finish(self, requests: list[Req]) -> list[Req]:
         """Completes the passes among requests with output; returns the others."""
-        if not self.table.live and not self._running_passes:
+        if not self.table.live and not self.scheduling.running_passes:
             return requests
         others: list[Req] = []
         for request in requests:
@@ -421,7 +300,7 @@ class StreamEngine:
                 self._first_token(request)
             elif request.finished() and not request.finished_output:
                 request.finished_output = True
-                self._running_passes -= 1
+                self.scheduling.running_passes -= 1
                 self.table.pass_done(ticket.stream, ticket.ids, ticket.start)
                 self._metrics.passes.inc()
                 self._metrics.pass_tokens.inc(len(ticket.ids) - ticket.start)
@@ -436,7 +315,7 @@ class StreamEngine:
         if stream is None or not tokens:
             return
         sizes = self._scheduler.disagg_prefill_bootstrap_queue.kv_manager.kv_args.kv_item_lens
-        sent = tokens * sum(sizes) // self._page
+        sent = tokens * sum(sizes) // self._scheduler.page_size
         if early:
             stream.usage.early_kv_bytes += sent
         else:
@@ -445,6 +324,7 @@ class StreamEngine:
 
     def flush(self) -> None:
         """Before the cache is emptied: open streams keep their tokens and are computed anew."""
+        self.scheduling.log_digest()
         self.table.forget_kv()
 
     def state(self) -> dict[str, Any]:
@@ -456,6 +336,10 @@ class StreamEngine:
             "worker_id": self._channel.worker_id,
             "role": self.role,
         }
+        if self._learner is not None:
+            state["forwards"] = list(self._learner.forwards.alone)
+            state["swap_outs"] = list(self._learner.swap_outs)
+            state["swap_ins"] = list(self._learner.swap_ins)
         if self._config.served:
             state["pid"] = os.getppid()
         return state

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from sglang_stream.policy import PolicyName
+
 _LENGTHS = (0, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 class EngineMetrics:
     """`sglang_stream_*` of one scheduler process. SGLang must have set up its collecting directory
-    (`--enable-metrics`) before for them to reach the page."""
+    (`--enable-metrics`) before for them to reach the page. `policy`: a label of what it decides."""
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, policy: PolicyName = "fcfs", registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"sglang_stream_{name}", text, ["policy"], registry=registry).labels(
+                policy
+            )
+
         self.open = Gauge(
             "sglang_stream_open_streams",
             "Streams that are not sealed yet.",
@@ -25,25 +32,28 @@ class EngineMetrics:
             multiprocess_mode="mostrecent",
             registry=registry,
         )
-        self.passes = Counter(
-            "sglang_stream_passes", "Passes computed for open streams.", registry=registry
+        self.passes = counter("passes", "Passes computed for open streams.")
+        self.pass_tokens = counter("pass_tokens", "Tokens computed in passes.")
+        self.recomputed = counter(
+            "recomputed_tokens", "Tokens computed in passes that had been computed before."
         )
-        self.pass_tokens = Counter(
-            "sglang_stream_pass_tokens", "Tokens computed in passes.", registry=registry
+        self.swapped = counter("swapped_tokens", "KV tokens copied to host memory.")
+        self.restored = counter("restored_tokens", "KV tokens copied back from host memory.")
+        self.invalidated = counter("invalidated_tokens", "Tokens whose KV an update made useless.")
+        self.found_again = counter(
+            "found_again_tokens", "Tokens that an update left behind and a later one found again."
         )
         self.chunks = Counter(
             "sglang_stream_chunks", "Chunks and updates applied.", registry=registry
         )
-        self.invalidated = Counter(
-            "sglang_stream_invalidated_tokens",
-            "Tokens whose KV an update made useless.",
-            registry=registry,
-        )
-        self.preemptions = Counter(
+        preemptions = Counter(
             "sglang_stream_preemptions",
             "Times that a stream's KV was given up for other requests.",
+            ["policy", "kind"],
             registry=registry,
         )
+        self.recomputes = preemptions.labels(policy, "recompute")
+        self.swaps = preemptions.labels(policy, "swap")
         self.odd = Counter(
             "sglang_stream_odd_events",
             "Events that were repeated, late, out of order (gap), unreadable, for a stream that is "
@@ -87,7 +97,7 @@ class _Silent:
 
 def silent_metrics() -> EngineMetrics:
     """Metrics for the ranks that only repeat what rank 0 counts already."""
-    metrics = EngineMetrics(CollectorRegistry())
+    metrics = EngineMetrics(registry=CollectorRegistry())
     for name in vars(metrics):
         setattr(metrics, name, _Silent())
     return metrics

@@ -19,7 +19,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_stream.engine.roles import discard_pass, pass_address, prepare_pass
-from sglang_stream.engine.table import Stream
+from sglang_stream.engine.stream import Stream
 
 _LOWEST_PRIORITY = 1 << 62
 
@@ -71,7 +71,7 @@ def build_pass(scheduler: Any, stream: Stream, tokens: int, number: int) -> Req:
 def admit_pass(
     add_one_req: Any, adder: PrefillAdder, request: Req, ticket: Ticket, *args: Any, **kwargs: Any
 ) -> AddReqResult:
-    """Cuts a pass to what fits the batch and admits it, or reports OTHER.
+    """Cuts a pass to what fits the batch and admits it, or lets the next request try.
 
     Sized here because only here its cached prefix is known. A pass that fits whole never becomes
     SGLang's chunked request, and it never answers NO_TOKEN, which would mark the batch full.
@@ -85,13 +85,13 @@ def admit_pass(
     end = min(start + room, len(ticket.ids))
     end -= end % page
     if end <= start:
-        return AddReqResult.OTHER
+        return AddReqResult.CONTINUE
     ticket.ids = ticket.ids[:end]
     ticket.start = start
     request.origin_input_ids = ticket.ids
     request.full_untruncated_fill_ids = ticket.ids
     if not prepare_pass(ticket.scheduler, request):
-        return AddReqResult.OTHER
+        return AddReqResult.CONTINUE
     result = add_one_req(adder, request, *args, **kwargs)
     if request not in adder.can_run_list:
         discard_pass(ticket.scheduler, request)

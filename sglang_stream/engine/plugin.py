@@ -25,11 +25,12 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from sglang_stream.config import ENGINE_VARIABLE, EngineConfig
 from sglang_stream.engine.cache import NoHolds, StreamRadixCache
-from sglang_stream.engine.channel import Channel, Expire, StreamEvent
+from sglang_stream.engine.channel import Channel, Expire, StreamEvent, Tick
 from sglang_stream.engine.compat import check_server_args, check_version
 from sglang_stream.engine.engine import StreamEngine
 from sglang_stream.engine.metrics import EngineMetrics, silent_metrics
 from sglang_stream.engine.passes import admit_pass, ticket_of
+from sglang_stream.engine.schedule import Scheduling
 
 CACHE_BACKEND = "sglang_stream"
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
@@ -71,7 +72,7 @@ class StreamPlugin:
             (f"{_SCHEDULER}.get_new_batch_prefill", self._schedule, HookType.AROUND),
             (
                 f"{_MANAGERS}.schedule_policy.SchedulePolicy.calc_priority",
-                self._passes_last,
+                self._arrange,
                 HookType.AFTER,
             ),
             (
@@ -131,7 +132,7 @@ class StreamPlugin:
     def _bind(self, _result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
         ps = scheduler.ps
         if ps.pp_rank == 0 and ps.attn_tp_rank == 0 and ps.attn_cp_rank == 0:
-            self._metrics = EngineMetrics()
+            self._metrics = EngineMetrics(self._config.policy)
             self._channel = Channel(self._config, self._metrics)
 
     def _wake_on_chunks(self, _result: None, scheduler: Any) -> None:
@@ -145,6 +146,7 @@ class StreamPlugin:
         handlers = scheduler._request_dispatcher._mapping
         handlers[StreamEvent] = engine.handle
         handlers[Expire] = engine.expire
+        handlers[Tick] = engine.tick
         self.engine = engine
 
     # --- the scheduler's loop -----------------------------------------------------------------
@@ -175,12 +177,10 @@ class StreamPlugin:
         return self.engine.schedule(original, running_batch)
 
     @staticmethod
-    def _passes_last(
+    def _arrange(
         _result: None, _policy: Any, waiting_queue: list[Req], *_args: Any, **_kwargs: Any
     ) -> None:
-        """Whatever order SGLang gave its queue, full requests go before passes."""
-        if any(map(ticket_of, waiting_queue)):
-            waiting_queue.sort(key=lambda r: ticket_of(r) is not None)
+        Scheduling.arrange(waiting_queue)
 
     @staticmethod
     def _admit(original: Any, adder: Any, request: Req, *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +191,7 @@ class StreamPlugin:
 
     def _before_decode(self, batch: ScheduleBatch, *_args: Any, **_kwargs: Any) -> None:
         assert self.engine is not None
-        self.engine.make_room_to_decode(batch)
+        self.engine.scheduling.make_room_to_decode(batch)
 
     def _finish(
         self, original: Any, streamer: Any, requests: list[Req], *args: Any, **kwargs: Any

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import msgspec
+from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 from sglang_stream import messages as m
 from sglang_stream.engine.cache import StreamRadixCache
 from sglang_stream.engine.channel import Channel
+from sglang_stream.engine.learn import CostLearner
 from sglang_stream.engine.roles import queued
 from sglang_stream.engine.table import StreamTable
 
@@ -29,11 +32,24 @@ _SMOOTHING = 0.3
 _SPEEDS = 15  # forwards whose median is the speed: the first ones after a start are far slower
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """A prefill iteration that has begun; `cached`: see `learn.Forwards`."""
+
+    tokens: int
+    cached: int
+    alone: bool
+    started_s: float
+
+
 class Reporter:
     """The reports of rank 0."""
 
-    def __init__(self, scheduler: Any, table: StreamTable, channel: Channel) -> None:
+    def __init__(
+        self, scheduler: Any, table: StreamTable, channel: Channel, learner: CostLearner
+    ) -> None:
         self._scheduler = scheduler
+        self._learner = learner
         self._table = table
         self._channel = channel
         cache = scheduler.tree_cache
@@ -43,12 +59,13 @@ class Reporter:
         self._last: m.Report | None = None
         self._s_per_token = 0.0  # of the slow forwards
         self._speeds: deque[float] = deque(maxlen=_SPEEDS)
-        self._forward: tuple[int, float] | None = None
+        self._forward: _Forward | None = None
 
-    def before_forward(self, tokens: int) -> None:
-        """The scheduler is about to compute `tokens` prompt tokens in one iteration."""
+    def before_forward(self, batch: ScheduleBatch) -> None:
+        """The scheduler is about to compute the prompt tokens of `batch` in one iteration."""
         now = time.monotonic()
-        self._forward = (tokens, now)
+        tokens = batch.extend_num_tokens or 0
+        self._forward = _Forward(tokens, _cached(batch), len(batch.reqs) == 1, now)
         busy_s = _MARGIN * tokens * (self._s_per_token or _UNKNOWN_S_PER_TOKEN)
         if busy_s > LONG_FORWARD_S and self._channel.has_routers:
             self._send(busy_s, now)
@@ -57,10 +74,12 @@ class Reporter:
         """Once in each round of the scheduler's loop."""
         now = time.monotonic()
         if self._forward is not None:
-            tokens, started_s = self._forward
-            self._forward = None
+            forward, self._forward = self._forward, None
+            tokens, seconds = forward.tokens, now - forward.started_s
+            if tokens > 0:
+                self._learner.forward(tokens, forward.cached, seconds, alone=forward.alone)
             if tokens >= _MEASURED_TOKENS:
-                measured = (now - started_s) / tokens
+                measured = seconds / tokens
                 before = self._s_per_token or measured
                 # Quick to see that forwards take longer, slow to forget it.
                 weight = 1.0 if measured > before else _SMOOTHING
@@ -118,6 +137,15 @@ class Reporter:
             cached=b"".join(cached),
             evicted=b"".join(evicted),
         )
+
+
+def _cached(batch: ScheduleBatch) -> int:
+    pairs = sum(
+        new * (prefix + new / 2)
+        for new, prefix in zip(batch.extend_lens, batch.prefix_lens, strict=True)
+    )
+    new = sum(batch.extend_lens)
+    return max(0, round(pairs / new - new / 2)) if new else 0
 
 
 def _same(a: m.Report, b: m.Report) -> bool:

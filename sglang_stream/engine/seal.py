@@ -13,7 +13,8 @@ import msgspec
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 
 from sglang_stream.engine.roles import role_of
-from sglang_stream.engine.table import Stream, StreamTable
+from sglang_stream.engine.stream import Stream
+from sglang_stream.engine.table import StreamTable
 from sglang_stream.engine.tokens import check_tokens
 from sglang_stream.errors import (
     ContextLengthExceeded,

@@ -9,11 +9,14 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Any
 
 from sglang_stream import messages as m
 from sglang_stream.engine.cache import Hold, Holder
+from sglang_stream.engine.host import HostMemory
 from sglang_stream.engine.metrics import EngineMetrics
+from sglang_stream.engine.stream import Stream
 from sglang_stream.engine.tokens import common_prefix, pack_ids, unpack_tokens
 from sglang_stream.errors import (
     LimitReached,
@@ -22,10 +25,12 @@ from sglang_stream.errors import (
     StreamNotFound,
     StreamSealed,
 )
-from sglang_stream.policy import StreamView
+from sglang_stream.policy import POLICIES, Order, Policy, Prefill, SealPredictor, Victim, View
+from sglang_stream.policy.types import Invalidation, PolicyName
 from sglang_stream.session import Session, Verdict
 
 _REMEMBERED = 4096  # finished streams whose state can still be asked for
+_UNKNOWN = Prefill(0.0, 1e-4, 0.0)  # until the machine's own is known; orders by tokens
 
 
 @dataclass(frozen=True)
@@ -37,81 +42,65 @@ class Limits:
     streams: int
 
 
-@dataclass
-class Usage:
-    """The counters of `messages.Usage` while they still move."""
-
-    chunks: int = 0
-    updates: int = 0
-    lcp_tokens: int = 0
-    invalidated_tokens: int = 0
-    computed_tokens: int = 0
-    ready_tokens: int = 0
-    early_kv_bytes: int = 0
-    late_kv_bytes: int = 0
-
-    def freeze(self) -> m.Usage:
-        return m.Usage(**self.__dict__)
-
-
-@dataclass(eq=False)
-class Stream:
-    """One stream. `epoch`, `owner`, `namespace`, `memo`: see `messages.Open`; `ends`: the prompt's
-    length after each chunk of an append stream, after the latest update of another. `in_flight`:
-    a pass of it is in the forward now; `preempted`: its KV was taken and no event came since;
-    `rid`, `request`: SGLang's request once it is sealed; `aborted`: it was told to end."""
-
-    session: Session
-    arrival: int
-    opening: array[int]
-    tokens: array[int]
-    idle_timeout_s: float
-    last_event_s: float
-    epoch: int = 0
-    owner: bytes = b""
-    namespace: str | None = None
-    memo: bytes = b""
-    ends: dict[int, int] = field(default_factory=dict)
-    hold: Hold | None = None
-    in_flight: bool = False
-    preempted: bool = False
-    rid: str | None = None
-    request: Any = None
-    aborted: bool = False
-    usage: Usage = field(default_factory=Usage)
-
-    @property
-    def held(self) -> int:
-        return self.hold.length if self.hold is not None else 0
-
-    def cacheable(self, page_size: int) -> int:
-        """Tokens that fill whole pages, the only ones that the tree keeps."""
-        return len(self.tokens) - len(self.tokens) % page_size
-
-    def view(self, page_size: int) -> StreamView:
-        """How the planner sees it."""
-        return StreamView(
-            stream_id=self.session.stream_id,
-            arrival=self.arrival,
-            cacheable=self.cacheable(page_size),
-            held=self.held,
-            sealed=self.session.state == "sealed",
-            preempted=self.preempted,
-        )
-
-
 class StreamTable:
     """All streams of a scheduler and what the chunk events do to them."""
 
-    def __init__(self, cache: Holder, limits: Limits, metrics: EngineMetrics) -> None:
+    def __init__(
+        self,
+        cache: Holder,
+        limits: Limits,
+        metrics: EngineMetrics,
+        *,
+        policy: PolicyName = "fcfs",
+        invalidation: Invalidation = "hard",
+        host: HostMemory | None = None,
+        page_size: int = 1,
+    ) -> None:
         self._cache = cache
         self._limits = limits
         self._metrics = metrics
+        self._invalidation: Invalidation = invalidation
+        self._page = page_size
         self._arrivals = 0
+        self._predictor = SealPredictor()
+        self.policy: Policy = POLICIES[policy]
+        self.order = Order(self.policy)
+        self.host = host or HostMemory(0)
+        self.prefill = _UNKNOWN
+        self.now = 0.0
         self.live: dict[str, Stream] = {}
+        self.to_compute: set[str] = set()
+        self._dues: list[tuple[float, str]] = []
         self.open_count = 0
         self.held_tokens = 0
         self._finished: OrderedDict[str, tuple[bytes, m.Status]] = OrderedDict()
+
+    def arrive(self) -> int:
+        """The next place in the order of arrival, of streams, chunks and requests alike."""
+        self._arrivals += 1
+        return self._arrivals
+
+    def learn(self, prefill: Prefill) -> None:
+        """Takes new costs, by which streams are ranked anew."""
+        self.prefill = prefill
+        for stream_id in [view.id for view in self.order.views]:
+            self._rank(self.live[stream_id])
+
+    def next_due_s(self) -> float | None:
+        """When the next seal is predicted; None if none is. A prediction that has not come true
+        is forgotten: the stream's next chunk brings another."""
+        while self._dues:
+            due_s, stream_id = self._dues[0]
+            stream = self.live.get(stream_id)
+            if (
+                due_s >= self.now
+                and stream is not None
+                and stream.due_s == due_s
+                and stream.session.state == "open"
+            ):
+                return due_s
+            heappop(self._dues)
+        return None
 
     def get(self, stream_id: str) -> Stream:
         """The live stream of that id. Raises StreamNotFound; StreamSealed if it has finished."""
@@ -142,6 +131,9 @@ class StreamTable:
             seq=stream.session.seq,
             tokens=len(stream.tokens),
             usage=stream.usage.freeze(),
+            held=stream.held,
+            saved=stream.saved,
+            place=self.order.place(stream_id),
         )
 
     def open(self, event: m.Open, now: float) -> m.Accepted:
@@ -160,10 +152,10 @@ class StreamTable:
                 f"this worker has {self._limits.streams} open streams: try again when one is done",
                 retry_after=1,
             )
-        self._arrivals += 1
+        arrival = self.arrive()
         stream = Stream(
             session=Session(event.stream_id, event.mode),
-            arrival=self._arrivals,
+            arrival=arrival,
             opening=opening,
             tokens=array("q", opening),
             idle_timeout_s=event.idle_timeout_s,
@@ -172,9 +164,13 @@ class StreamTable:
             owner=event.owner,
             namespace=event.namespace,
             memo=event.memo,
+            latest=arrival,
+            since_s=now,
+            last_chunk_s=now,
         )
         self.live[event.stream_id] = stream
         self.open_count += 1
+        self._predict(stream)
         self.hold_cached(stream)
         return m.Accepted(0, len(opening))
 
@@ -185,11 +181,13 @@ class StreamTable:
         self._note(verdict)
         if verdict is Verdict.APPLY:
             tokens = self._unpack(event.tokens, before=len(stream.tokens))
+            was_ready = self._is_ready(stream)
             stream.tokens.extend(tokens)
             stream.ends[event.seq] = len(stream.tokens)
             stream.session.record(event.seq, event.digest)
             stream.usage.chunks += 1
             self._metrics.chunks.inc()
+            self._arrived(stream, now, was_ready)
             self.hold_cached(stream)
         return m.Accepted(event.seq, len(stream.tokens))
 
@@ -210,7 +208,7 @@ class StreamTable:
             stream.ends = {event.seq: len(tokens)}
             stream.memo = stream.memo if event.memo is None else event.memo
             stream.session.record(event.seq, event.digest)
-            self._replace(stream, tokens, lcp)
+            self._replace(stream, tokens, lcp, now)
         return m.Accepted(event.seq, len(stream.tokens), lcp)
 
     def copy(self, stream: Stream, since: int) -> m.Copy:
@@ -235,6 +233,7 @@ class StreamTable:
     def drop(self, stream: Stream) -> None:
         """Forgets a stream that was aborted, has expired or has moved to another worker."""
         self.release(stream)
+        self._forget(stream)
         if stream.session.state == "open":
             self.open_count -= 1
         stream.session.abort()
@@ -244,8 +243,11 @@ class StreamTable:
         """Ends the context; the request `rid` generates from the tokens returned."""
         stream.session.seal()
         stream.rid = rid
-        stream.usage.ready_tokens = stream.held
+        stream.usage.ready_tokens = max(stream.held, stream.saved)
         self.open_count -= 1
+        self._predictor.sealed(stream.usage.chunks + stream.usage.updates)
+        stream.since_s = self.now
+        self._rank(stream)
         return stream.tokens
 
     def reopen(self, stream: Stream) -> None:
@@ -258,7 +260,7 @@ class StreamTable:
 
     def finish(self, stream: Stream) -> None:
         """Ends a sealed stream whose generation is over; its state can be asked for a while."""
-        self.release(stream)
+        self.admitted(stream)
         stream.session.finish()
         stream_id = stream.session.stream_id
         self._finished[stream_id] = stream.owner, self.status(stream_id)
@@ -266,28 +268,68 @@ class StreamTable:
         while len(self._finished) > _REMEMBERED:
             self._finished.popitem(last=False)
 
+    def admitted(self, stream: Stream) -> None:
+        """A sealed stream's request has its own lock now: neither hold nor copy are wanted."""
+        self.release(stream)
+        self._forget(stream)
+
     def release(self, stream: Stream) -> None:
         """Unlocks a stream's KV, which stays cached until it is evicted."""
         self.held_tokens -= stream.held
         self._cache.release(stream.hold)
         stream.hold = None
 
-    def preempt(self, stream: Stream) -> None:
-        """Unlocks a victim's KV; what is not evicted is found again by its next pass."""
+    def preempt(self, victim: Victim) -> int:
+        """Unlocks a victim's KV, after copying it to host memory if so planned; what is not evicted
+        is found again by its next pass. Returns the tokens that were copied."""
+        stream = self.live[victim.id]
+        copied = self._save(stream) if victim.swap else 0
+        (self._metrics.swaps if copied else self._metrics.recomputes).inc()
+        stream.usage.preemptions += 1
         self.release(stream)
         stream.preempted = True
-        self._metrics.preemptions.inc()
+        self._rank(stream)
+        return copied
 
-    def hold_cached(self, stream: Stream) -> None:
-        """Holds all that the tree has of the prompt, also what another stream computed."""
+    def restore(self, stream: Stream) -> int:
+        """Brings a stream's KV back from host memory, as far as there is room. Returns the tokens
+        that were copied."""
+        copy = self.host.get(stream.session.stream_id)
+        if copy is None:
+            return 0
+        self.held_tokens -= stream.held
+        stream.hold, restored = self._cache.bring_back(
+            stream.tokens, stream.namespace, copy, stream.hold
+        )
+        self.held_tokens += stream.held
+        if stream.held >= copy.length:
+            self._drop_copy(stream)
+        self._rank(stream)
+        self._metrics.restored.inc(restored)
+        return restored
+
+    def started(self, stream: Stream) -> None:
+        """One of its passes is in the forward now."""
+        stream.in_flight = True
+        self._rank(stream)
+
+    def hold_cached(self, stream: Stream) -> int:
+        """Holds all that the tree has of the prompt, also what another stream computed. Returns
+        the tokens of it that an update had left behind."""
         self.held_tokens -= stream.held
         stream.hold = self._cache.take(stream.tokens, stream.namespace, stream.hold)
         self.held_tokens += stream.held
+        self._rank(stream)
+        return stream.hold.found if stream.hold is not None else 0
 
     def forget_kv(self) -> None:
         """Unlocks everything, before the cache is flushed; open streams are computed anew."""
         for stream in self.live.values():
             self.release(stream)
+            self._drop_copy(stream)
+            stream.reach = 0
+            if stream.session.state == "open":
+                self._rank(stream)
 
     def expired(self, now: float) -> list[str]:
         """Ids of the open streams without an event for their idle time-out."""
@@ -305,6 +347,10 @@ class StreamTable:
         stream.in_flight = False
         stream.usage.computed_tokens += len(ids) - start
         lcp = common_prefix(stream.tokens, ids)
+        again = max(0, min(stream.reach, len(ids)) - start)
+        stream.usage.recomputed_tokens += again
+        self._metrics.recomputed.inc(again)
+        stream.reach = max(stream.reach, min(len(ids), lcp))
         done = self._cache.take(ids, stream.namespace)
         if self.live.get(stream.session.stream_id) is stream:
             self.hold_cached(stream)
@@ -312,19 +358,82 @@ class StreamTable:
         if lcp < len(ids):
             self._invalidated(stream, len(ids) - max(lcp, start))
             if done is not None:
-                self._cache.prune(done.node, stream.hold)
+                self._end_branch(done, stream)
 
-    def _replace(self, stream: Stream, tokens: array[int], lcp: int) -> None:
-        """Puts an update's prompt in. The dead branch is freed up to what others share."""
+    def _replace(self, stream: Stream, tokens: array[int], lcp: int, now: float) -> None:
+        """Puts an update's prompt in. What of the dead branch others share stays as it is."""
+        was_ready = self._is_ready(stream)
         old, stream.tokens = stream.hold, tokens
-        self.hold_cached(stream)
-        if old is not None and old.length > lcp:
-            self._invalidated(stream, old.length - lcp)
-            self._cache.prune(old.node, stream.hold)
+        stream.reach = min(stream.reach, lcp)
+        if stream.saved > lcp:
+            self._drop_copy(stream)
         stream.usage.updates += 1
         stream.usage.lcp_tokens += lcp
+        self._arrived(stream, now, was_ready)
+        self._metrics.found_again.inc(self.hold_cached(stream))
+        if old is not None and old.length > lcp:
+            self._invalidated(stream, old.length - lcp)
+            self._end_branch(old, stream)
         self._metrics.chunks.inc()
         self._metrics.lcp.observe(lcp)
+
+    def _end_branch(self, dead: Hold, stream: Stream) -> None:
+        """Frees what only the dead branch needs, or makes it the first to be evicted."""
+        if self._invalidation == "soft":
+            self._cache.leave(dead.node, stream.hold)
+        else:
+            self._cache.prune(dead.node, stream.hold)
+
+    def _is_ready(self, stream: Stream) -> bool:
+        return max(stream.held, stream.saved) >= stream.cacheable(self._page)
+
+    def _arrived(self, stream: Stream, now: float, was_ready: bool) -> None:
+        """Notes when a chunk or an update came, and when the seal is to be expected. `was_ready`:
+        there was nothing to compute before it."""
+        if stream.usage.chunks + stream.usage.updates > 1:
+            gap = max(0.0, now - stream.last_chunk_s)
+            stream.gaps_s += gap
+            self._predictor.gap(gap)
+        if was_ready:
+            stream.since_s = now
+        stream.last_chunk_s = now
+        stream.latest = self.arrive()
+        self._predict(stream)
+
+    def _predict(self, stream: Stream) -> None:
+        chunks = stream.usage.chunks + stream.usage.updates
+        stream.due_s = self._predictor.due_s(chunks, stream.last_chunk_s, stream.gaps_s)
+        heappush(self._dues, (stream.due_s, stream.session.stream_id))
+
+    def _save(self, stream: Stream) -> int:
+        """Copies a stream's KV to host memory; returns the tokens."""
+        copy = self._cache.copy_out(stream.hold) if stream.hold is not None else None
+        if copy is None or copy.length > self.host.capacity:
+            return 0
+        for dropped in self.host.put(stream.session.stream_id, copy):
+            other = self.live[dropped]
+            other.saved = 0
+            self._rank(other)
+        stream.saved = copy.length
+        self._metrics.swapped.inc(copy.length)
+        return copy.length
+
+    def _drop_copy(self, stream: Stream) -> None:
+        self.host.drop(stream.session.stream_id)
+        stream.saved = 0
+
+    def _forget(self, stream: Stream) -> None:
+        self._drop_copy(stream)
+        self.order.drop(stream.session.stream_id)
+        self.to_compute.discard(stream.session.stream_id)
+
+    def _rank(self, stream: Stream) -> None:
+        view = stream.view(self._page, self.prefill)
+        self.order.put(view)
+        if view.missing and not view.full and not view.busy:
+            self.to_compute.add(view.id)
+        else:
+            self.to_compute.discard(view.id)
 
     def _invalidated(self, stream: Stream, tokens: int) -> None:
         stream.usage.invalidated_tokens += tokens

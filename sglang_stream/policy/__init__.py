@@ -2,10 +2,20 @@
 
 from sglang_stream.policy.cost import Copying, CostModel, Prefill
 from sglang_stream.policy.order import Order
-from sglang_stream.policy.planner import Planner, Preemption
-from sglang_stream.policy.policies import POLICIES, Policy, PolicyName
+from sglang_stream.policy.planner import Planner
+from sglang_stream.policy.policies import POLICIES, Policy
 from sglang_stream.policy.predict import SealPredictor
-from sglang_stream.policy.types import Budget, Decision, Pass, PoolView, Victim, View
+from sglang_stream.policy.types import (
+    Budget,
+    Decision,
+    Invalidation,
+    Pass,
+    PolicyName,
+    PoolView,
+    Preemption,
+    Victim,
+    View,
+)
 
 __all__ = [
     "POLICIES",
@@ -13,6 +23,7 @@ __all__ = [
     "Copying",
     "CostModel",
     "Decision",
+    "Invalidation",
     "Order",
     "Pass",
     "Planner",

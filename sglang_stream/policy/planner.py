@@ -14,14 +14,13 @@ stream's: two streams that do not fit together would take each other's KV for ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from sglang_stream.policy.cost import CostModel
 from sglang_stream.policy.policies import Key, Policy
-from sglang_stream.policy.types import Budget, Decision, Pass, PoolView, Victim, View
+from sglang_stream.policy.types import Budget, Decision, Pass, PoolView, Preemption, Victim, View
 
-Preemption = Literal["auto", "recompute", "swap", "off"]
-"""How a victim gives its KV up; `off`: open streams never take each other's."""
+_LEAST_TOKENS = 64
+"""What an iteration without full requests computes, however slow the machine is."""
 
 
 class Planner:
@@ -52,11 +51,11 @@ class Planner:
         of them first.
         """
         need = sum(view.need for view in full)
-        restores = [view.id for view in full if view.restore]
         if need > pool.available:
             victims = self._for_full(full, ranked, need - pool.available, pool)
-            return Decision(tuple(victims), tuple(restores))
-        return self._passes(full, ranked, pool, budget, pool.spare - need, restores)
+            first = tuple(view.id for view in full[:1] if view.restore)
+            return Decision(tuple(victims), first)
+        return self._passes(full, ranked, pool, budget, pool.spare - need)
 
     def make_room(self, ranked: Sequence[View], deficit: int, pool: PoolView) -> list[Victim]:
         """The fewest streams from the end of `ranked`, open ones first, whose KV covers `deficit`
@@ -86,7 +85,6 @@ class Planner:
         pool: PoolView,
         budget: Budget,
         spare: int,
-        restores: list[str],
     ) -> Decision:
         tokens, seconds = budget.tokens, budget.seconds
         prefill = self.cost.prefill if self.cost is not None else None
@@ -95,6 +93,7 @@ class Planner:
             seconds -= prefill.base_s
             works = [(self._policy(v), prefill.work_s(v.missing, v.ready)) for v in full]
             ahead = sorted(works, reverse=True)
+        restores = [view.id for view in full if view.restore]
         passes: list[Pass] = []
         victims: list[Victim] = []
         lower = len(ranked)  # ranked[lower:] has been looked at for victims
@@ -107,7 +106,10 @@ class Planner:
             if prefill is not None:
                 while ahead and ahead[-1][0] < self._policy(view):
                     seconds -= ahead.pop()[1]
-                want = min(want, prefill.tokens_within(seconds, view.ready))
+                within = prefill.tokens_within(seconds, view.ready)
+                if not passes and not full:
+                    within = max(within, _LEAST_TOKENS)
+                want = min(want, within)
             want -= want % pool.page
             if want < pool.page:
                 break

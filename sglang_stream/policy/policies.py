@@ -8,11 +8,9 @@ the order of an engine that knows nothing of streams. `srpf` and `slack` are our
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
-from sglang_stream.policy.types import View
+from sglang_stream.policy.types import PolicyName, View
 
-PolicyName = Literal["default", "fcfs", "lcas", "mcps", "srpf", "slack"]
 Key = tuple[float, ...]
 Policy = Callable[[View], Key]
 

@@ -8,7 +8,17 @@ KV is free or can be evicted at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+PolicyName = Literal["default", "fcfs", "lcas", "mcps", "srpf", "slack"]
+"""In which order requests are served (see `policies`)."""
+
+Preemption = Literal["auto", "recompute", "swap", "off"]
+"""How a stream gives up its KV: computed again, copied to host memory and back, or the cheaper of
+both (`auto`); `off`: open streams never take each other's, full requests still do."""
+
+Invalidation = Literal["soft", "hard"]
+"""What becomes of KV beyond the common prefix of an update: the first to be evicted, or freed."""
 
 
 class View(NamedTuple):

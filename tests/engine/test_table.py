@@ -22,7 +22,8 @@ from sglang_stream import messages as m
 from sglang_stream.engine.cache import StreamRadixCache
 from sglang_stream.engine.cpu.allocator import CpuPagedAllocator
 from sglang_stream.engine.metrics import silent_metrics
-from sglang_stream.engine.table import Limits, Stream, StreamTable
+from sglang_stream.engine.stream import Stream
+from sglang_stream.engine.table import Limits, StreamTable
 from sglang_stream.engine.tokens import common_prefix, unpack_tokens
 from sglang_stream.errors import (
     LimitReached,

@@ -1,160 +1,325 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_stream.policy import FullView, PoolView, StreamView, choose_victims, plan, rank
+from sglang_stream.policy import (
+    POLICIES,
+    Budget,
+    Copying,
+    CostModel,
+    Decision,
+    Order,
+    Pass,
+    Planner,
+    PolicyName,
+    PoolView,
+    Preemption,
+    Prefill,
+    Victim,
+    View,
+)
 
 PLENTY = PoolView(available=100_000, spare=100_000)
+AMPLE = Budget(512, 10.0)
+# A millisecond a token; a copy of 100 tokens takes as long as computing them.
+COST = CostModel(Prefill(0.0, 1e-3, 0.0), Copying(0.05, 0.0), Copying(0.05, 0.0))
 
 
-def stream(
-    name: str,
-    arrival: int = 0,
-    cacheable: int = 0,
-    held: int = 0,
-    sealed: bool = False,
-    preempted: bool = False,
-) -> StreamView:
-    return StreamView(name, arrival, cacheable, held, sealed, preempted)
+def ranked(views: list[View], policy: PolicyName = "fcfs") -> list[View]:
+    order = Order(POLICIES[policy])
+    for view in views:
+        order.put(view)
+    return order.views
 
 
-def test_streams_are_served_first_come_first_served_within_the_token_budget() -> None:
-    streams = [stream("late", 2, 900), stream("early", 1, 400), stream("idle", 0, 300, 300)]
-    decision = plan([], streams, PLENTY, pass_tokens=512, page_size=1)
-    assert [(p.stream_id, p.tokens) for p in decision.passes] == [("early", 400), ("late", 112)]
-    assert decision.victims == ()
+def plan(
+    full: list[View],
+    streams: list[View],
+    pool: PoolView,
+    budget: Budget = AMPLE,
+    policy: PolicyName = "fcfs",
+    preemption: Preemption = "auto",
+    cost: CostModel | None = None,
+) -> Decision:
+    return Planner(POLICIES[policy], preemption, cost).plan(
+        full, ranked(streams, policy), pool, budget
+    )
+
+
+def whole(need: int, reserve: int = 0, name: str = "request", held: int = 0) -> View:
+    return View(name, 1 << 20, need + held, held, full=True, reserve=reserve)
+
+
+def test_passes_are_served_in_order_within_the_token_budget() -> None:
+    streams = [View("late", 2, 900), View("early", 1, 400), View("idle", 0, 300, 300)]
+    decision = plan([], streams, PLENTY)
+    assert decision == Decision(passes=(Pass("early", 400), Pass("late", 112)))
 
 
 def test_only_whole_pages_are_planned() -> None:
-    decision = plan([], [stream("s", 0, 64)], PLENTY, pass_tokens=50, page_size=16)
-    assert decision.passes[0].tokens == 48
-    assert plan([], [stream("s", 0, 64)], PLENTY, pass_tokens=15, page_size=16).passes == ()
+    pool = PoolView(1000, 1000, page=16)
+    assert plan([], [View("s", 0, 64)], pool, Budget(50, 1)).passes == (Pass("s", 48),)
+    assert plan([], [View("s", 0, 64)], pool, Budget(15, 1)).passes == ()
+
+
+def test_passes_end_within_the_seconds_of_the_iteration() -> None:
+    streams = [View("a", 0, 130), View("b", 1, 500)]
+    decision = plan([], streams, PLENTY, Budget(2048, 0.25), cost=COST)
+    assert decision.passes == (Pass("a", 130), Pass("b", 120))
+
+
+def test_a_long_cached_prefix_makes_a_pass_shorter() -> None:
+    cost = CostModel(Prefill(0.0, 1e-3, 1e-7), COST.swap_out, COST.swap_in)
+    short = plan([], [View("s", 0, 5000)], PLENTY, Budget(2048, 0.25), cost=cost).passes[0]
+    long = plan([], [View("s", 0, 9000, 4000)], PLENTY, Budget(2048, 0.25), cost=cost).passes[0]
+    assert long.tokens < short.tokens
+    assert 64 < long.tokens
+    assert cost.prefill.work_s(long.tokens, 4000) <= 0.25
+
+
+def test_an_iteration_computes_something_however_slow_the_machine_is() -> None:
+    slow = CostModel(Prefill(1.0, 1.0, 0.0), COST.swap_out, COST.swap_in)
+    assert plan([], [View("s", 0, 500)], PLENTY, Budget(2048, 0.05), cost=slow).passes
+
+
+def test_full_requests_ahead_take_their_part_of_the_iteration() -> None:
+    streams = [View("s", 0, 500)]
+    budget = Budget(2048, 0.2501)
+    assert plan([whole(200)], streams, PLENTY, budget, cost=COST).passes == (Pass("s", 50),)
+    assert plan([whole(300)], streams, PLENTY, budget, cost=COST).passes == ()
+    # By arrival alone the stream is the first.
+    alone = plan([whole(300)], streams, PLENTY, budget, policy="default", cost=COST)
+    assert alone.passes == (Pass("s", 250),)
 
 
 def test_a_full_request_takes_kv_from_idle_streams_before_working_ones() -> None:
-    streams = [stream("idle", 0, 300, 300), stream("works", 1, 500, 200)]
+    streams = [View("idle", 0, 300, 300), View("works", 1, 500, 200)]
     pool = PoolView(available=100, spare=100)
-    assert plan([FullView(200, 100)], streams, pool, pass_tokens=512, page_size=1).victims == (
-        "idle",
+    assert [v.id for v in plan([whole(200, 100)], streams, pool).victims] == ["idle"]
+    assert [v.id for v in plan([whole(500, 100)], streams, pool).victims] == ["idle", "works"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("preemption", ["auto", "recompute", "swap", "off"])
+def test_no_open_stream_keeps_a_full_request_out(
+    policy: PolicyName, preemption: Preemption
+) -> None:
+    streams = [View("most-computed", 0, 800, 700), View("idle", 1, 200, 200)]
+    decision = plan(
+        [whole(900)], streams, PoolView(0, 0, host=1000), policy=policy, preemption=preemption
     )
-    assert plan([FullView(500, 100)], streams, pool, pass_tokens=512, page_size=1).victims == (
-        "idle",
-        "works",
-    )
+    assert {v.id for v in decision.victims} == {"most-computed", "idle"}
+    assert decision.passes == ()
 
 
 def test_no_pass_while_a_full_request_does_not_fit() -> None:
-    streams = [stream("works", 0, 500, 100)]
-    pool = PoolView(available=100, spare=100)
-    assert plan([FullView(5000, 0)], streams, pool, pass_tokens=512, page_size=1).passes == ()
+    assert plan([whole(5000)], [View("works", 0, 500, 100)], PoolView(100, 100)).passes == ()
 
 
-def test_waiting_sealed_streams_are_preempted_last_and_the_latest_first() -> None:
+def test_waiting_sealed_streams_are_preempted_last_and_never_swapped_nor_the_first_of_them() -> None:
     streams = [
-        stream("sealed-1", 0, 200, 200, sealed=True),
-        stream("sealed-2", 1, 200, 200, sealed=True),
-        stream("open", 2, 200, 200),
+        View("sealed-1", 0, 200, 200, full=True),
+        View("sealed-2", 1, 200, 200, full=True),
+        View("open", 2, 200, 200),
     ]
-    decision = plan([FullView(550, 0)], streams, PoolView(0, 0), pass_tokens=512, page_size=1)
-    assert decision.victims == ("open", "sealed-2", "sealed-1")
+    first = whole(550, name="sealed-1")
+    decision = plan([first], streams, PoolView(0, 0, host=1000), preemption="swap")
+    assert decision.victims == (Victim("open", True), Victim("sealed-2", False))
 
 
-def test_a_working_stream_preempts_only_streams_below_it() -> None:
-    streams = [stream("first", 0, 1000, 600), stream("second", 1, 1000, 300)]
-    pool = PoolView(available=0, spare=0)
-    decision = plan([], streams, pool, pass_tokens=256, page_size=1)
-    assert decision.victims == ("second",)
-    assert [p.stream_id for p in decision.passes] == ["first"]
+def test_a_stream_whose_pass_runs_is_left_alone() -> None:
+    streams = [View("runs", 0, 900, 300, busy=True)]
+    assert plan([], streams, PLENTY).passes == ()
+    assert plan([whole(300)], streams, PoolView(0, 0)).victims == ()
 
 
-def test_a_preempted_stream_takes_only_kv_that_nobody_holds() -> None:
-    streams = [stream("early", 0, 300, 0, preempted=True), stream("idle", 1, 300, 300)]
-    blocked = plan([], streams, PoolView(0, 0), pass_tokens=256, page_size=1)
-    assert (blocked.victims, blocked.passes) == ((), ())
-    free = plan([], streams, PoolView(400, 400), pass_tokens=256, page_size=1)
-    assert [p.stream_id for p in free.passes] == ["early"]
+def test_a_working_stream_takes_kv_from_the_lowest_below_it() -> None:
+    streams = [View("first", 0, 500), View("second", 1, 500, 400), View("idle", 2, 100, 100)]
+    decision = plan([], streams, PoolView(150, 150))
+    assert [v.id for v in decision.victims] == ["idle", "second"]
+    assert decision.passes == (Pass("first", 500),)
 
 
-def test_two_streams_that_do_not_fit_together_come_to_rest() -> None:
-    """Each preemption must be paid for by something that arrived."""
-    pool_size, held, preempted = 1000, {"a": 0, "b": 0}, {"a": False, "b": False}
-    rounds = 0
-    while True:
-        views = [
-            stream(n, i, 900, held[n], preempted=preempted[n]) for i, n in enumerate(("a", "b"))
-        ]
-        free = pool_size - sum(held.values())
-        decision = plan([], views, PoolView(free, free), pass_tokens=300, page_size=1)
-        if not decision.passes:
-            break
-        for victim in decision.victims:
-            held[victim], preempted[victim] = 0, True
-        for planned in decision.passes:
-            held[planned.stream_id] += planned.tokens
-        rounds += 1
-        assert rounds < 50
-    assert sum(held.values()) <= pool_size
+def test_a_parked_stream_takes_only_what_nobody_holds() -> None:
+    streams = [View("parked", 0, 500, parked=True), View("idle", 1, 300, 300)]
+    assert plan([], streams, PoolView(101, 101)) == Decision(passes=(Pass("parked", 100),))
 
 
-def test_passes_leave_what_running_requests_may_still_decode() -> None:
-    pool = PoolView(available=1000, spare=100)
-    decision = plan([], [stream("s", 0, 500)], pool, pass_tokens=512, page_size=1)
-    assert decision.passes[0].tokens == 99
+def test_a_parked_stream_without_room_does_not_keep_others_from_theirs() -> None:
+    streams = [View("parked", 0, 500, parked=True), View("works", 1, 300, 200)]
+    assert plan([], streams, PoolView(1, 1)).passes == ()
+    streams.append(View("idle", 2, 300, 300))
+    decision = plan([], streams, PoolView(1, 1))
+    assert decision.passes == (Pass("works", 100),)
+    assert [v.id for v in decision.victims] == ["idle"]
 
 
-views = st.builds(
-    lambda arrival, cacheable, share, *flags: (arrival, cacheable, cacheable * share // 4, *flags),
-    st.integers(0, 20),
-    st.integers(0, 60).map(lambda n: n * 16),
-    st.integers(0, 4),
-    st.booleans(),
-    st.booleans(),
+def test_preemption_off_leaves_open_streams_their_kv() -> None:
+    streams = [View("first", 0, 500), View("idle", 1, 300, 300)]
+    decision = plan([], streams, PoolView(101, 101), preemption="off")
+    assert decision == Decision(passes=(Pass("first", 100),))
+
+
+@pytest.mark.parametrize(
+    ("preemption", "held", "host", "swap"),
+    [
+        ("recompute", 300, 1000, False),
+        ("swap", 300, 1000, True),
+        ("swap", 300, 299, False),  # does not fit into host memory
+        ("auto", 300, 1000, True),  # 0.3 s to compute, 0.1 s to copy out and back
+        ("auto", 90, 1000, False),
+    ],
 )
+def test_each_victim_goes_the_way_that_is_cheaper_for_it(
+    preemption: Preemption, held: int, host: int, swap: bool
+) -> None:
+    streams = [View("victim", 0, held, held)]
+    pool = PoolView(0, 0, host=host)
+    decision = plan([whole(50)], streams, pool, preemption=preemption, cost=COST)
+    assert decision.victims == (Victim("victim", swap),)
+
+
+def test_a_victim_whose_copy_is_there_already_is_not_copied_again() -> None:
+    streams = [View("victim", 0, 400, 100, saved=400)]
+    decision = plan([whole(50)], streams, PoolView(0, 0, host=1000), preemption="swap")
+    assert decision.victims == (Victim("victim", False),)
+
+
+def test_a_copy_comes_back_when_its_stream_is_planned_or_sealed() -> None:
+    saved = View("s", 0, 700, saved=600)
+    decision = plan([], [saved], PLENTY)
+    assert decision == Decision(restores=("s",), passes=(Pass("s", 100),))
+    sealed = saved._replace(full=True, reserve=8)
+    assert plan([sealed], [sealed], PLENTY).restores == ("s",)
+    assert plan([], [saved._replace(tokens=600)], PLENTY) == Decision()
+
+
+def test_a_copy_that_comes_back_needs_room() -> None:
+    saved = View("s", 0, 700, saved=600)
+    assert plan([], [saved], PoolView(650, 650)).passes == (Pass("s", 49),)
+    assert plan([], [saved], PoolView(600, 600)) == Decision()
+
+
+def test_room_to_decode_comes_from_open_streams_first() -> None:
+    order = ranked(
+        [
+            View("sealed", 0, 200, 200, full=True),
+            View("works", 1, 400, 200),
+            View("idle", 2, 200, 200),
+        ]
+    )
+    planner = Planner(POLICIES["fcfs"], "recompute")
+    pool = PoolView(0, 0)
+    assert [v.id for v in planner.make_room(order, 50, pool)] == ["idle"]
+    assert [v.id for v in planner.make_room(order, 450, pool)] == ["idle", "works", "sealed"]
+    assert planner.make_room(order, 0, pool) == []
+
+
+def views(full: bool) -> st.SearchStrategy[View]:
+    return st.builds(
+        lambda arrival, tokens, held, saved, reserve, busy, parked, since, due: View(
+            id="",
+            arrival=arrival,
+            tokens=tokens,
+            held=min(held, tokens),
+            full=full,
+            latest=arrival + 3,
+            saved=min(saved, tokens),
+            reserve=reserve if full else 0,
+            busy=busy and not full,
+            parked=parked,
+            since_s=since,
+            work_s=max(0, tokens - max(held, saved)) * 1e-3,
+            due_s=due,
+        ),
+        st.integers(0, 1000),
+        st.integers(1, 900),
+        st.integers(0, 900),
+        st.one_of(st.just(0), st.integers(0, 900)),
+        st.integers(0, 100),
+        st.booleans(),
+        st.booleans(),
+        st.floats(0, 10),
+        st.floats(0, 10),
+    )
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[list[View], list[View], PoolView, Budget]:
+    waiting = draw(st.lists(views(True), max_size=3))
+    streams = draw(st.lists(st.one_of(views(False), views(False), views(True)), max_size=12))
+    waiting = [v._replace(id=f"w{i}", arrival=2000 + i) for i, v in enumerate(waiting)]
+    streams = [
+        v._replace(id=f"s{i}", arrival=v.arrival * 20 + i) for i, v in enumerate(streams)
+    ]
+    available = draw(st.integers(0, 3000))
+    page = draw(st.sampled_from([1, 16]))
+    spare = draw(st.integers(-100, available))
+    pool = PoolView(available, spare, page, host=draw(st.integers(0, 2000)))
+    budget = Budget(draw(st.integers(0, 700)), draw(st.floats(0, 1)))
+    return waiting, streams, pool, budget
 
 
 @given(
-    st.lists(views, max_size=12),
-    st.lists(st.builds(FullView, st.integers(1, 500), st.integers(0, 100)), max_size=3),
-    st.integers(0, 2000),
-    st.integers(0, 2000),
-    st.integers(0, 600),
-    st.sampled_from([1, 16]),
+    situations(),
+    st.sampled_from(sorted(POLICIES)),
+    st.sampled_from(["auto", "recompute", "swap", "off"]),
+    st.sampled_from([None, COST]),
 )
 def test_invariants(
-    raw: list[tuple[int, int, int, bool, bool]],
-    full: list[FullView],
-    available: int,
-    reserve: int,
-    pass_tokens: int,
-    page_size: int,
+    situation: tuple[list[View], list[View], PoolView, Budget],
+    policy: PolicyName,
+    preemption: Preemption,
+    cost: CostModel | None,
 ) -> None:
-    streams = [
-        stream(f"s{i}", arrival, cacheable, held - held % page_size, *flags)
-        for i, (arrival, cacheable, held, *flags) in enumerate(raw)
-    ]
-    pool = PoolView(available, available - reserve)
-    decision = plan(full, streams, pool, pass_tokens=pass_tokens, page_size=page_size)
-    assert decision == plan(full, streams, pool, pass_tokens=pass_tokens, page_size=page_size)
+    waiting, streams, pool, budget = situation
+    order = ranked(streams, policy)
+    planner = Planner(POLICIES[policy], preemption, cost)
+    decision = planner.plan(waiting, order, pool, budget)
+    assert decision == planner.plan(waiting, order, pool, budget)
 
-    by_id = {s.stream_id: s for s in streams}
-    planned = {p.stream_id for p in decision.passes}
-    assert len(planned) == len(decision.passes)
-    assert planned.isdisjoint(decision.victims)
-    assert sum(p.tokens for p in decision.passes) <= pass_tokens
-    assert all(p.tokens > 0 and p.tokens % page_size == 0 for p in decision.passes)
-    assert all(p.tokens <= by_id[p.stream_id].missing for p in decision.passes)
-    gained = sum(by_id[v].held for v in decision.victims)
+    by_id = {v.id: v for v in [*streams, *waiting]}
+    places = {v.id: i for i, v in enumerate(order)}
+    chosen = {p.id for p in decision.passes}
+    victims = [by_id[v.id] for v in decision.victims]
+
+    # Nothing is both chosen and victim, nothing twice, and only what can be is either.
+    assert not chosen & {v.id for v in victims}
+    assert len(chosen) == len(decision.passes)
+    assert len({v.id for v in victims}) == len(victims)
+    assert all(v.held and not v.busy for v in victims)
+    for p in decision.passes:
+        view = by_id[p.id]
+        assert not view.full
+        assert not view.busy
+        assert 0 < p.tokens <= view.missing
+        assert p.tokens % pool.page == 0
+        if view.restore:
+            assert view.id in decision.restores
+
+    # Never over the budget of tokens or of KV.
+    assert sum(p.tokens for p in decision.passes) <= budget.tokens
+    freed = sum(v.held for v in victims)
+    wanted = sum(p.tokens + pool.page + by_id[p.id].restore for p in decision.passes)
+    need = sum(v.need for v in waiting)
     if decision.passes:
-        need = sum(f.need for f in full) + sum(p.tokens for p in decision.passes)
-        assert need <= pool.spare + gained
-        order = [s.stream_id for s in rank(streams)]
-        lowest_pass = max(order.index(p) for p in planned)
-        assert all(order.index(v) > lowest_pass for v in decision.victims)
+        assert need <= pool.available
+        assert wanted <= pool.spare - need + freed
+    # Nor over the seconds, except by the least that is computed at all.
+    if cost is not None and len(decision.passes) > 1:
+        rest = decision.passes[1:] if not waiting else decision.passes
+        assert sum(cost.prefill.work_s(p.tokens) for p in rest) <= budget.seconds + 1e-9
 
-
-def test_victims_cover_a_deficit_from_the_lowest_rank_upward() -> None:
-    ranked = [stream("a", 0, 100, 100), stream("b", 1, 100, 0), stream("c", 2, 100, 100)]
-    assert choose_victims(ranked, 50) == ("c",)
-    assert choose_victims(ranked, 150) == ("c", "a")
-    assert choose_victims(ranked, 0) == ()
+    # Whoever made room for a stream ranks below it; open streams go before sealed ones.
+    if need <= pool.available and victims:
+        lowest_chosen = max((places[i] for i in chosen), default=-1)
+        takers = [places[v.id] for v in order if v.missing and not v.full and not v.busy]
+        assert takers
+        assert all(places[v.id] > min(takers) for v in victims)
+        assert all(places[v.id] > lowest_chosen for v in victims)
+        assert not any(v.full for v in victims)
+    sealed = [v.full for v in victims]
+    assert sealed == sorted(sealed)
+    assert all(not v.swap or by_id[v.id].held <= pool.host for v in decision.victims)

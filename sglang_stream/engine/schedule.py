@@ -1,0 +1,298 @@
+"""How open streams get into SGLang's prefill batches: views, the plan, and its application.
+
+place     full requests are put in the order of the policy
+decide    the planner sees them, all streams and the pool
+apply     victims are unlocked or swapped out, copies come back from host memory
+form      SGLang forms its batch from the full requests and the passes that were planned
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
+
+from sglang_stream.config import EngineConfig
+from sglang_stream.engine.learn import CostLearner
+from sglang_stream.engine.passes import build_pass, ticket_of
+from sglang_stream.engine.stream import Stream
+from sglang_stream.engine.table import StreamTable
+from sglang_stream.policy import Budget, CostModel, Decision, Planner, PoolView, Victim, View
+
+logger = logging.getLogger(__name__)
+
+_CLIP_MAX_NEW = 4096  # SGLang reserves at most this many decode tokens for a request
+_UNMEASURED_TOKENS = 512  # of the passes of an iteration, as long as no cost is known
+_SHORTEST = 4  # a pass before an expected seal takes at least this part of the usual time
+
+
+class Scheduling:
+    """The passes of one scheduler. `running_passes`: those in the forward now."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        table: StreamTable,
+        config: EngineConfig,
+        learner: CostLearner | None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._table = table
+        self._config = config
+        self._learner = learner
+        self._page = scheduler.page_size
+        self._planner = Planner(table.policy, config.preemption, config.cost)
+        # Where SGLang was asked for an order of its own, passes find their place in that one.
+        self._orders_requests = (
+            config.policy != "default"
+            and scheduler.policy.policy is CacheAgnosticPolicy.FCFS
+            and not scheduler.enable_priority_scheduling
+        )
+        self._passes_built = 0
+        self._decode_is_due = False
+        self._decisions = 0
+        self._digest = hashlib.blake2b(digest_size=8)
+        self.running_passes = 0
+
+    def learn(self, cost: CostModel) -> None:
+        """Plans with these costs from now on."""
+        self._planner.cost = cost
+        self._table.learn(cost.prefill)
+
+    def form_batch(self, original: Any, running_batch: ScheduleBatch) -> Any:
+        """The next prefill batch, with the passes that the plan allows."""
+        scheduler = self._scheduler
+        # SGLang sets this flag when locked KV kept a request out and would not look again.
+        running_batch.batch_is_full = False
+        self._drop_passes(running_batch)
+        withheld = self._withhold()
+        self._place(scheduler.waiting_queue)
+        decision = self._decide(running_batch)
+        self._apply(decision)
+        passes = self._build_passes(decision)
+        scheduler.waiting_queue.extend(passes)
+        batch_plan = original(scheduler, running_batch)
+        left_over = {id(r) for r in passes}
+        scheduler.waiting_queue = withheld + [
+            r for r in scheduler.waiting_queue if id(r) not in left_over
+        ]
+        self._started(batch_plan.batch_to_run)
+        return batch_plan
+
+    @staticmethod
+    def arrange(queue: list[Req]) -> None:
+        """Puts passes before the full requests that come after them in the policy's order,
+        whatever order SGLang gave those. Both kinds keep their order among themselves."""
+        passes = [r for r in queue if ticket_of(r) is not None]
+        if not passes:
+            return
+        passes.reverse()
+        arranged: list[Req] = []
+        for request in queue:
+            if ticket_of(request) is not None:
+                continue
+            # One that has joined since `_place`, without a key, goes first.
+            key = getattr(request, "stream_key", ())
+            while passes and passes[-1].stream_key < key:
+                arranged.append(passes.pop())
+            arranged.append(request)
+        queue[:] = arranged + passes[::-1]
+
+    def make_room_to_decode(self, batch: ScheduleBatch) -> None:
+        """Preempts streams if the next decode step would not fit, before SGLang retracts others."""
+        if not self._table.held_tokens:
+            return
+        deficit = batch.new_tokens_required_next_decode() - self._free_and_evictable()
+        if deficit > 0:
+            pool = self._pool_view(batch)
+            self._preempt(self._planner.make_room(self._table.order.views, deficit, pool))
+
+    def log_digest(self) -> None:
+        """Logs what was decided since the last time: the same on every tensor-parallel rank."""
+        if self._decisions:
+            logger.info(
+                "sglang-stream: %d decisions, digest %s", self._decisions, self._digest.hexdigest()
+            )
+        self._decisions = 0
+        self._digest = hashlib.blake2b(digest_size=8)
+
+    # --- place --------------------------------------------------------------------------------
+
+    def _place(self, queue: list[Req]) -> None:
+        """Gives waiting full requests their keys, and their order."""
+        streams = self._sealed()
+        for request in queue:
+            stream = streams.get(id(request))
+            if stream is not None or not hasattr(request, "stream_key"):
+                request.stream_key = self._table.policy(self._full_view(request, stream))
+        if self._orders_requests:
+            queue.sort(key=lambda r: r.stream_key)
+
+    def _sealed(self) -> dict[int, Stream]:
+        """Sealed streams by the identity of their request."""
+        table = self._table
+        if len(table.live) == table.open_count:
+            return {}
+        return {id(s.request): s for s in table.live.values() if s.request is not None}
+
+    def _full_view(self, request: Req, stream: Stream | None) -> View:
+        table = self._table
+        if not hasattr(request, "stream_arrival"):
+            request.stream_arrival = table.arrive(), table.now
+        arrival, since_s = request.stream_arrival
+        held = len(request.prefix_indices) if stream is None else stream.held
+        saved = 0 if stream is None else stream.saved
+        tokens = len(request.origin_input_ids) + len(request.output_ids)
+        left = request.sampling_params.max_new_tokens - len(request.output_ids)
+        ready = max(held, saved)
+        return View(
+            id=request.rid if stream is None else stream.session.stream_id,
+            arrival=arrival if stream is None else stream.arrival,
+            tokens=tokens,
+            held=held,
+            full=True,
+            latest=arrival if stream is None else stream.latest,
+            saved=saved,
+            reserve=min(max(left, 0), _CLIP_MAX_NEW) + 2 * self._page,
+            since_s=since_s if stream is None else stream.since_s,
+            work_s=table.prefill.work_s(max(0, tokens - ready), ready),
+        )
+
+    # --- decide -------------------------------------------------------------------------------
+
+    def _decide(self, running_batch: ScheduleBatch) -> Decision:
+        table = self._table
+        full = self._full_views(running_batch)
+        if not full and not table.to_compute:
+            return Decision()
+        decision = self._planner.plan(
+            full, table.order.views, self._pool_view(running_batch), self._budget(running_batch)
+        )
+        if any(decision):
+            self._decisions += 1
+            self._digest.update(repr(decision).encode())
+        return decision
+
+    def _full_views(self, running_batch: ScheduleBatch) -> list[View]:
+        """The full requests that the next iteration could admit, in the order of the queue."""
+        scheduler = self._scheduler
+        slots = scheduler.get_num_allocatable_reqs(len(running_batch.reqs))
+        budget = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
+        streams = self._sealed()
+        queue = scheduler.waiting_queue
+        if scheduler.chunked_req is not None:
+            queue = [scheduler.chunked_req, *queue]
+        full: list[View] = []
+        for request in queue:
+            if len(full) >= slots or budget <= 0:
+                break
+            view = self._full_view(request, streams.get(id(request)))
+            full.append(view)
+            budget -= max(1, view.tokens - view.ready)
+        return full
+
+    def _budget(self, running_batch: ScheduleBatch) -> Budget:
+        """What passes may take of the next iteration."""
+        # After an iteration of passes alone the running requests decode once: they are full.
+        if self._decode_is_due and not running_batch.is_empty():
+            return Budget(0, 0.0)
+        tokens = self._config.pass_tokens
+        if self._planner.cost is None:
+            tokens = min(tokens, _UNMEASURED_TOKENS)
+        seconds = self._config.pass_ms / 1000
+        due_s = self._table.next_due_s()
+        if due_s is not None:
+            seconds = min(seconds, max(seconds / _SHORTEST, due_s - self._table.now))
+        return Budget(tokens, seconds)
+
+    def _pool_view(self, running_batch: ScheduleBatch) -> PoolView:
+        """KV for full requests as SGLang's PrefillAdder counts it, and for open streams with
+        everything set aside that the running requests may still decode."""
+        reserve = sum(
+            min(max(r.sampling_params.max_new_tokens - len(r.output_ids), 0), _CLIP_MAX_NEW)
+            for r in running_batch.reqs
+        )
+        ratio = self._scheduler.new_token_ratio_tracker.current
+        free = self._free_and_evictable()
+        return PoolView(
+            available=free - int(reserve * ratio),
+            spare=free - reserve,
+            page=self._page,
+            host=self._table.host.capacity,
+        )
+
+    def _free_and_evictable(self) -> int:
+        scheduler = self._scheduler
+        allocator = scheduler.token_to_kv_pool_allocator
+        return int(allocator.available_size() + scheduler.tree_cache.evictable_size())
+
+    # --- apply --------------------------------------------------------------------------------
+
+    def _apply(self, decision: Decision) -> None:
+        self._preempt(decision.victims)
+        for stream_id in decision.restores:
+            started = time.perf_counter()
+            copied = self._table.restore(self._table.live[stream_id])
+            if copied and self._learner is not None:
+                self._learner.swap_ins.append((copied, time.perf_counter() - started))
+
+    def _preempt(self, victims: list[Victim] | tuple[Victim, ...]) -> None:
+        for victim in victims:
+            started = time.perf_counter()
+            copied = self._table.preempt(victim)
+            if copied and self._learner is not None:
+                self._learner.swap_outs.append((copied, time.perf_counter() - started))
+
+    def _build_passes(self, decision: Decision) -> list[Req]:
+        table = self._table
+        passes: list[Req] = []
+        for chosen in decision.passes:
+            stream = table.live[chosen.id]
+            if stream.hold is None:
+                table.hold_cached(stream)
+                if stream.held >= stream.cacheable(self._page):
+                    continue
+            self._passes_built += 1
+            request = build_pass(self._scheduler, stream, chosen.tokens, self._passes_built)
+            request.stream_key = table.policy(stream.view(self._page, table.prefill))
+            passes.append(request)
+        return passes
+
+    # --- form ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def _drop_passes(running_batch: ScheduleBatch) -> None:
+        """Keeps passes out of the decode step.
+
+        With the overlap schedule a batch joins the running one before its results are known; a
+        pass would be given a decode slot there that it never needs.
+        """
+        keep = [i for i, r in enumerate(running_batch.reqs) if ticket_of(r) is None]
+        if len(keep) < len(running_batch.reqs):
+            running_batch.filter_batch(keep_indices=keep)
+
+    def _withhold(self) -> list[Req]:
+        """Takes sealed requests whose last pass still runs out of the queue for one iteration.
+
+        With the overlap schedule the KV of that pass reaches the tree only after the next batch
+        was formed: admitted now, they would compute it again.
+        """
+        waiting = {key for key, stream in self._sealed().items() if stream.in_flight}
+        if not waiting:
+            return []
+        queue = self._scheduler.waiting_queue
+        self._scheduler.waiting_queue = [r for r in queue if id(r) not in waiting]
+        return [r for r in queue if id(r) in waiting]
+
+    def _started(self, batch: ScheduleBatch | None) -> None:
+        tickets = [t for r in batch.reqs if (t := ticket_of(r))] if batch is not None else []
+        for ticket in tickets:
+            self._table.started(ticket.stream)
+        self.running_passes += len(tickets)
+        self._decode_is_due = (
+            bool(tickets) and batch is not None and len(tickets) == len(batch.reqs)
+        )
