@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from hypothesis import strategies as st
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import KVCache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_stream import messages as m
 from sglang_stream.engine.cache import StreamRadixCache
 from sglang_stream.engine.cpu.allocator import CpuPagedAllocator
+from sglang_stream.engine.host import HostMemory
 from sglang_stream.engine.metrics import silent_metrics
 from sglang_stream.engine.stream import Stream
 from sglang_stream.engine.table import Limits, StreamTable
@@ -34,18 +37,54 @@ from sglang_stream.errors import (
     StreamNotFound,
     StreamSealed,
 )
+from sglang_stream.policy import Invalidation, Victim
 
 POOL = 4096
+BLOCK = 16  # tokens of a part of a copy in host memory
+
+
+class Pool(KVCache):
+    """A KV pool of one layer whose K and V of a slot are the token in it."""
+
+    def __init__(self, size: int, content: torch.Tensor) -> None:
+        self.size = size
+        self.content = content
+        self.cpu_offloading_chunk_size = BLOCK
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        return 8 * self.size, 8 * self.size
+
+    def get_cpu_copy(self, indices: torch.Tensor, mamba_indices: object = None) -> Any:
+        parts = indices.split(BLOCK)
+        return [[[self.content[part].clone(), -self.content[part]] for part in parts]]
+
+    def load_cpu_copy(
+        self, kv_cache_cpu: Any, indices: torch.Tensor, mamba_indices: object = None
+    ) -> None:
+        for part, (k, v) in zip(indices.split(BLOCK), kv_cache_cpu[0], strict=True):
+            assert torch.equal(k, -v)
+            self.content[part] = k
+
+
+Pool.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
 
 
 class Rig:
     """A table with its tree; `compute` does what a pass and SGLang's release do."""
 
-    def __init__(self, page_size: int = 1, streams: int = 100) -> None:
+    def __init__(
+        self,
+        page_size: int = 1,
+        streams: int = 100,
+        invalidation: Invalidation = "hard",
+        host_tokens: int = 0,
+    ) -> None:
+        self.content = torch.full((POOL + page_size + 1,), -1, dtype=torch.int64)
+        pool = Pool(POOL, self.content)
         if page_size == 1:
-            self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", None, False)
+            self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", pool, False)
         else:
-            self.allocator = CpuPagedAllocator(POOL, page_size, torch.float32, "cpu", None, False)
+            self.allocator = CpuPagedAllocator(POOL, page_size, torch.float32, "cpu", pool, False)
         self.cache = StreamRadixCache(
             CacheInitParams(
                 disable=False,
@@ -55,9 +94,15 @@ class Rig:
             )
         )
         self.page_size = page_size
-        self.content = torch.full((POOL + page_size + 1,), -1, dtype=torch.int64)
         limits = Limits(prompt_tokens=2000, vocab_size=1000, streams=streams)
-        self.table = StreamTable(self.cache, limits, silent_metrics())
+        self.table = StreamTable(
+            self.cache,
+            limits,
+            silent_metrics(),
+            invalidation=invalidation,
+            host=HostMemory(host_tokens),
+            page_size=page_size,
+        )
 
     def open(self, name: str, mode: m.Mode, opening: Sequence[int] = ()) -> Stream:
         self.table.open(m.Open(name, mode, m.pack_tokens(opening), 10.0), 0.0)
@@ -77,7 +122,7 @@ class Rig:
         ids = ids[: len(ids) - len(ids) % self.page_size]
         match = self.cache.match_prefix(MatchPrefixParams(key=RadixKey(ids)))
         self.cache.inc_lock_ref(match.last_device_node)
-        stream.in_flight = True
+        self.table.started(stream)
         return stream, ids, len(match.device_indices), match
 
     def end(self, started: tuple[Stream, array[int], int, object]) -> None:
@@ -104,6 +149,18 @@ class Rig:
             match = cache.match_prefix(MatchPrefixParams(key=RadixKey(stream.tokens)))
             held = self.content[match.device_indices[: stream.held]].tolist()
             assert held == list(stream.tokens[: stream.held])
+            copy = self.table.host.get(stream.session.stream_id)
+            assert stream.saved == (copy.length if copy is not None else 0)
+            assert stream.saved <= len(stream.tokens)
+        assert self.table.host.tokens <= self.table.host.capacity
+        views = {
+            s.session.stream_id: s.view(self.page_size, self.table.prefill)
+            for s in self.table.live.values()
+        }
+        assert {v.id: v for v in self.table.order.views} == views
+
+    def preempt(self, name: str, *, swap: bool = False) -> None:
+        self.table.preempt(Victim(name, swap))
 
 
 def test_a_pass_is_held_and_an_update_frees_what_lies_beyond_the_prefix() -> None:
@@ -181,12 +238,137 @@ def test_a_preempted_stream_finds_again_what_was_not_evicted() -> None:
     for seq, start in ((1, 0), (2, 100)):
         rig.append("a", seq, range(start, start + 100))
         rig.compute(stream)
-    rig.table.preempt(stream)
+    rig.preempt("a")
     assert rig.cache.protected_size() == 0
     rig.cache.evict(EvictParams(num_tokens=50))
     rig.table.hold_cached(stream)
     assert stream.held == 100
     rig.check()
+
+
+def test_a_dead_branch_is_found_again_unless_it_was_evicted_and_goes_first() -> None:
+    rig = Rig(invalidation="soft")
+    other, stream = rig.open("other", "append"), rig.open("a", "update")
+    rig.append("other", 1, range(700, 750))
+    rig.compute(other)
+    rig.update("a", 1, range(100))
+    rig.compute(stream)
+    rig.table.release(other)  # what is evicted in the end, older than the dead branch
+    rig.update("a", 2, [*range(40), *range(500, 520)])
+    rig.compute(stream)
+    assert stream.held == 60
+    rig.cache.evict(EvictParams(num_tokens=20))
+    rig.update("a", 3, range(100))
+    assert stream.held == 40, "the whole branch was one node, evicted before what is older"
+    assert rig.table.hold_cached(other) == 0
+    assert other.held == 50
+    rig.compute(stream)
+    rig.update("a", 4, range(30))
+    rig.update("a", 5, range(100))
+    assert stream.held == 100
+    assert stream.usage.computed_tokens == 100 + 20 + 60
+    rig.check()
+
+
+def test_what_was_found_again_is_no_longer_the_first_to_go() -> None:
+    rig = Rig(invalidation="soft")
+    stream = rig.open("a", "update")
+    rig.update("a", 1, range(100))
+    rig.compute(stream)
+    rig.update("a", 2, range(40))
+    rig.update("a", 3, range(100))
+    assert stream.hold is not None
+    assert stream.hold.found == 60
+    late = rig.open("late", "append")
+    rig.append("late", 1, range(300, 400))
+    rig.compute(late)
+    rig.preempt("a")
+    rig.preempt("late")
+    rig.cache.evict(EvictParams(num_tokens=60))
+    assert [rig.table.hold_cached(s) for s in (stream, late)] == [0, 0]
+    assert (stream.held, late.held) == (40, 100), "the least recently used goes"
+    rig.check()
+
+
+@pytest.mark.parametrize("evicted", [0, 50, 120])
+def test_a_swapped_stream_comes_back_as_it_was(evicted: int) -> None:
+    rig = Rig(host_tokens=500)
+    stream = rig.open("a", "append")
+    for seq, start in ((1, 0), (2, 70)):
+        rig.append("a", seq, range(start, start + 70))
+        rig.compute(stream)
+    rig.preempt("a", swap=True)
+    assert (stream.held, stream.saved) == (0, 140)
+    rig.cache.evict(EvictParams(num_tokens=evicted))
+    rig.append("a", 3, range(140, 150))
+    rig.check()
+    rig.table.restore(stream)
+    assert (stream.held, stream.saved) == (140, 0)
+    rig.check()
+
+
+def test_the_oldest_copy_gives_way_and_an_update_ends_the_copy() -> None:
+    rig = Rig(host_tokens=250)
+    for name in ("a", "b", "c"):
+        stream = rig.open(name, "update")
+        rig.update(name, 1, range(ord(name), ord(name) + 100))
+        rig.compute(stream)
+        rig.preempt(name, swap=True)
+    assert [rig.table.live[n].saved for n in "abc"] == [0, 100, 100]
+    rig.cache.evict(EvictParams(num_tokens=POOL))
+    rig.update("b", 2, range(ord("b"), ord("b") + 99))
+    assert rig.table.live["b"].saved == 0
+    rig.update("c", 2, range(ord("c"), ord("c") + 120))
+    assert rig.table.live["c"].saved == 100
+    rig.table.drop(rig.table.live["c"])
+    assert rig.table.host.tokens == 0
+    rig.check()
+
+
+def test_without_room_a_copy_stays_in_host_memory() -> None:
+    rig = Rig(host_tokens=500)
+    stream = rig.open("a", "append")
+    rig.append("a", 1, range(100))
+    rig.compute(stream)
+    rig.preempt("a", swap=True)
+    rig.cache.evict(EvictParams(num_tokens=POOL))
+    rest = rig.allocator.alloc(POOL - 60)
+    assert rig.table.restore(stream) == 0
+    assert (stream.held, stream.saved) == (0, 100)
+    rig.allocator.free(rest)
+    assert rig.table.restore(stream) == 100
+    rig.check()
+
+
+def test_what_is_computed_again_is_counted() -> None:
+    rig = Rig()
+    stream = rig.open("a", "append")
+    rig.append("a", 1, range(100))
+    rig.compute(stream)
+    rig.preempt("a")
+    rig.cache.evict(EvictParams(num_tokens=POOL))
+    rig.append("a", 2, range(100, 130))
+    rig.compute(stream)
+    assert stream.usage.recomputed_tokens == 100
+    assert stream.usage.preemptions == 1
+
+
+def test_the_next_seal_that_is_predicted() -> None:
+    rig = Rig()
+    for name, length in (("a", 3), ("b", 1)):
+        stream = rig.open(name, "append")
+        for seq in range(1, length + 1):
+            rig.append(name, seq, [1], now=2.0 * seq)
+        rig.table.seal(stream, "rid")
+        rig.table.finish(stream)
+    rig.open("c", "append")
+    rig.append("c", 1, [1], now=10.0)
+    rig.table.now = 10.0
+    due = rig.table.next_due_s()
+    assert due is not None
+    assert 10.0 < due < 14.0
+    rig.table.now = due + 0.1
+    assert rig.table.next_due_s() is None, "it did not come true"
 
 
 def test_a_refused_event_changes_nothing() -> None:
@@ -240,7 +422,9 @@ def test_idle_streams_expire_and_finished_ones_are_remembered() -> None:
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["update", "append", "start", "end", "preempt", "evict", "drop"]),
+        st.sampled_from(
+            ["update", "append", "start", "end", "preempt", "swap", "restore", "evict", "drop"]
+        ),
         st.integers(0, 3),
         st.lists(st.integers(0, 4), max_size=8),
     ),
@@ -249,12 +433,12 @@ steps = st.lists(
 
 
 @settings(deadline=None, max_examples=150)
-@given(steps, st.sampled_from([1, 4]))
+@given(steps, st.sampled_from([1, 4]), st.sampled_from(["soft", "hard"]))
 def test_any_sequence_of_events_keeps_tree_and_pool_consistent(
-    drawn: list[tuple[str, int, list[int]]], page_size: int
+    drawn: list[tuple[str, int, list[int]]], page_size: int, invalidation: Invalidation
 ) -> None:
     """Chunks are drawn from five blocks of tokens, so that streams share many prefixes."""
-    rig = Rig(page_size)
+    rig = Rig(page_size, invalidation=invalidation, host_tokens=120)
     seqs: dict[int, int] = {}
     flights: dict[int, tuple[Stream, array[int], int, object]] = {}
     for action, i, blocks in drawn:
@@ -273,8 +457,10 @@ def test_any_sequence_of_events_keeps_tree_and_pool_consistent(
                 flights[i] = rig.start(stream, 5 + 10 * len(blocks))
             case "end" if i in flights:
                 rig.end(flights.pop(i))
-            case "preempt":
-                rig.table.preempt(stream)
+            case "preempt" | "swap" if not stream.in_flight:
+                rig.preempt(name, swap=action == "swap")
+            case "restore":
+                rig.table.restore(stream)
             case "evict":
                 rig.cache.evict(EvictParams(num_tokens=40))
             case "drop":
