@@ -395,7 +395,7 @@ def test_counters_are_on_the_metrics_page(worker: Worker) -> None:
     started = time.monotonic()
     assert _metric(worker, "sglang_stream_open_streams") == 1
     assert _metric(worker, "sglang_stream_held_tokens") == 300
-    assert _metric(worker, "sglang_stream_passes_total") == before["passes_total"] + 3
+    assert _metric(worker, "sglang_stream_passes_total") >= before["passes_total"] + 3
     assert _metric(worker, "sglang_stream_chunks_total") == before["chunks_total"] + 1
     worker.seal(stream, [], last_seq=1)
     assert _metric(worker, "sglang_stream_ttft_seconds_sum") > 0
