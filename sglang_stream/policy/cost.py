@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+_UNLIMITED = 1 << 30  # tokens
+
 
 @dataclass(frozen=True)
 class Prefill:
@@ -32,10 +34,9 @@ class Prefill:
         if seconds <= 0:
             return 0
         linear = self.per_token_s + self.per_pair_s * cached
-        if self.per_pair_s <= 0:
-            return int(seconds / linear) if linear > 0 else 1 << 30
         root = math.sqrt(linear * linear + 2 * self.per_pair_s * seconds)
-        return int((root - linear) / self.per_pair_s)
+        # The root's textbook form loses all digits where attention costs next to nothing.
+        return int(min(2 * seconds / (linear + root), _UNLIMITED)) if root > 0 else _UNLIMITED
 
 
 @dataclass(frozen=True)
