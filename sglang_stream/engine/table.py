@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Any
 
 from sglang_stream import messages as m
 from sglang_stream.engine.cache import Hold, Holder
@@ -25,7 +24,7 @@ from sglang_stream.errors import (
     StreamNotFound,
     StreamSealed,
 )
-from sglang_stream.policy import POLICIES, Order, Policy, Prefill, SealPredictor, Victim, View
+from sglang_stream.policy import POLICIES, Order, Policy, Prefill, SealPredictor, Victim
 from sglang_stream.policy.types import Invalidation, PolicyName
 from sglang_stream.session import Session, Verdict
 
