@@ -2,16 +2,22 @@
 
 Built once where a command starts and handed down. The engine's travels into SGLang's scheduler
 processes as JSON in the environment variable `SGLANG_STREAM`; the value `1` means all defaults.
+A machine's `Profile` is a JSON file, a user's own or one of `profiles/`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from dataclasses import astuple
+from importlib.resources import files
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
+from sglang_stream.errors import InvalidRequest
 from sglang_stream.messages import Role
-from sglang_stream.policy.cost import CostModel
+from sglang_stream.policy.cost import Copying, CostModel, Decode, Prefill
 from sglang_stream.policy.types import Invalidation, PolicyName, Preemption
 
 ENGINE_VARIABLE = "SGLANG_STREAM"
@@ -123,3 +129,99 @@ class RouterConfig(msgspec.Struct, frozen=True):
     retry_jitter_factor: float = 0.2
     log_level: str = "info"
     log_json: bool = False
+
+
+T = TypeVar("T")
+
+
+class Figure(
+    msgspec.Struct, Generic[T], frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """A figure of a profile. `source`: where it is from; `error`: the median relative error of a
+    curve that was fitted to measurements, None where nothing was fitted."""
+
+    value: T
+    source: str
+    error: float | None = None
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a machine with a model on it takes and holds.
+
+    `kind`: measured on it, or derived from published figures. `pass_ms`: how long an iteration
+    with passes may be. `kv_bytes_per_token`: over all devices; `kv_tokens`: the KV pool.
+    `samples`: the file of what was measured, beside the profile's own.
+    """
+
+    name: str
+    kind: Literal["measured", "derived"]
+    machine: str
+    model: str
+    dtype: str
+    pass_ms: Figure[float]
+    kv_bytes_per_token: Figure[float]
+    kv_tokens: Figure[int]
+    prefill: Figure[Prefill]
+    swap_out: Figure[Copying]
+    swap_in: Figure[Copying]
+    decode: Figure[Decode]
+    samples: str | None = None
+
+    @property
+    def cost(self) -> CostModel:
+        """What the planner needs of it."""
+        return CostModel(self.prefill.value, self.swap_out.value, self.swap_in.value)
+
+    def to_json(self) -> str:
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode() + "\n"
+
+
+PROFILES = files("sglang_stream") / "profiles"
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with the package."""
+    return sorted(
+        file.name.removesuffix(".json")
+        for file in PROFILES.iterdir()
+        if file.name.endswith(".json")
+    )
+
+
+def load_profile(name_or_path: str) -> Profile:
+    """The profile of that name, or in that file. Raises InvalidRequest if it is none."""
+    if name_or_path in profile_names():
+        return _decode_profile(name_or_path, (PROFILES / f"{name_or_path}.json").read_bytes())
+    path = Path(name_or_path).expanduser()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise _bad_profile(
+            name_or_path,
+            f"there is no such file or profile. Profiles: {', '.join(profile_names())}; "
+            "`sglang-stream calibrate` makes a file",
+        ) from None
+    except OSError as e:
+        raise _bad_profile(name_or_path, e.strerror or str(e)) from e
+    return _decode_profile(name_or_path, content)
+
+
+def _decode_profile(name_or_path: str, content: bytes) -> Profile:
+    try:
+        profile = msgspec.json.decode(content, type=Profile)
+    except msgspec.DecodeError as e:
+        raise _bad_profile(name_or_path, f"this is no profile: {e}") from e
+    curves = (profile.prefill, profile.swap_out, profile.swap_in, profile.decode)
+    for curve in curves:
+        numbers = astuple(curve.value)
+        if min(numbers) < 0 or not 0 < sum(numbers) < math.inf:
+            raise _bad_profile(name_or_path, f"costs are at least 0 and not all 0: {curve.value}")
+    if min(profile.pass_ms.value, profile.kv_bytes_per_token.value, profile.kv_tokens.value) <= 0:
+        raise _bad_profile(
+            name_or_path, "pass_ms, kv_bytes_per_token and kv_tokens must be above 0"
+        )
+    return profile
+
+
+def _bad_profile(name_or_path: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"--profile {name_or_path}: {reason}", param="--profile")

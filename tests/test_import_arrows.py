@@ -28,7 +28,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "sglang_stream.errors": (),
     "sglang_stream.messages": ("sglang_stream.errors",),
     "sglang_stream.session": ("sglang_stream.errors", "sglang_stream.messages"),
-    "sglang_stream.config": (*BASICS, "sglang_stream.policy.types"),
+    "sglang_stream.config": (*BASICS, "sglang_stream.policy.types", "sglang_stream.policy.cost"),
     "sglang_stream.engine": (*BASICS, "sglang_stream.policy", "sglang_stream.config"),
     "sglang_stream.sdk": BASICS,
     "sglang_stream.prompt": BASICS,
@@ -177,6 +177,7 @@ def test_a_bad_import_is_found(module: str, source: str) -> None:
     [
         ("sglang_stream.policy.planner", "import heapq\nfrom .types import Plan"),
         ("sglang_stream.config", "from sglang_stream.policy.types import Policy"),
+        ("sglang_stream.config", "from sglang_stream.policy.cost import Prefill"),
         ("sglang_stream.engine.hooks", "import torch\nfrom sglang.srt import utils"),
         ("sglang_stream.cli.serve", "def f():\n    from router.server import run"),
         ("sglang_stream.cli.serve", "from sglang_stream import config, engine, stream_chat"),

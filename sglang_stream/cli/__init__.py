@@ -256,7 +256,7 @@ def _known(profile: str | None) -> EngineConfig:
     if profile is None:
         return o.ENGINE
     loaded = load_profile(profile)
-    return msgspec.structs.replace(o.ENGINE, pass_ms=loaded.pass_ms, cost=loaded.cost)
+    return msgspec.structs.replace(o.ENGINE, pass_ms=loaded.pass_ms.value, cost=loaded.cost)
 
 
 def _require(extra: str, *packages: str) -> None:

@@ -1,6 +1,6 @@
 """Pure scheduling policy: no SGLang, no clock, no I/O; decisions are frozen values."""
 
-from sglang_stream.policy.cost import Copying, CostModel, Prefill
+from sglang_stream.policy.cost import Copying, CostModel, Decode, Prefill
 from sglang_stream.policy.order import Order
 from sglang_stream.policy.planner import Planner
 from sglang_stream.policy.policies import POLICIES, Policy
@@ -23,6 +23,7 @@ __all__ = [
     "Copying",
     "CostModel",
     "Decision",
+    "Decode",
     "Invalidation",
     "Order",
     "Pass",

@@ -2,6 +2,7 @@
 
     prefill  base + per_token * new + per_pair * new * (cached + new / 2)
     swap     base + per_token * tokens, each way
+    decode   base + per_request * requests + per_context_token * their tokens, one step
 
 `per_pair` is attention: each of the new tokens attends to all tokens before it.
 """
@@ -48,6 +49,18 @@ class Copying:
 
     def seconds(self, tokens: int) -> float:
         return self.base_s + self.per_token_s * tokens
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Seconds of one decode step of `requests` that have `context` tokens together."""
+
+    base_s: float
+    per_request_s: float
+    per_context_token_s: float
+
+    def seconds(self, requests: int, context: int) -> float:
+        return self.base_s + self.per_request_s * requests + self.per_context_token_s * context
 
 
 @dataclass(frozen=True)

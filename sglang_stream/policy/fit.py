@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from statistics import median
 
-from sglang_stream.policy.cost import Copying, Prefill
+from sglang_stream.policy.cost import Copying, Decode, Prefill
 
 _FEWEST = 4  # samples
 _SPREAD = 1.5  # the largest over the smallest size, for a base to be told from the tokens' work
@@ -51,6 +51,23 @@ def fit_copying(samples: Sequence[tuple[int, float]]) -> tuple[Copying, float]:
     )
     curve = Copying(base, per_token)
     return curve, _error((curve.seconds(tokens), s) for tokens, s in samples)
+
+
+def fit_decode(samples: Sequence[tuple[int, int, float]]) -> tuple[Decode, float]:
+    """The plane through decode steps of `(requests, context, seconds)`, and its median relative
+    error.
+
+    As `fit_prefill`, with steps in place of forwards and requests in place of new tokens.
+    """
+    _require(len({(requests, context) for requests, context, _ in samples}), len(samples), "steps")
+    _require_positive((requests, seconds) for requests, _, seconds in samples)
+    base, per_request, per_context_token = _fit(
+        [[1.0, requests, context] for requests, context, _ in samples],
+        [seconds for _, _, seconds in samples],
+        with_base=_spread([requests for requests, _, _ in samples]),
+    )
+    curve = Decode(base, per_request, per_context_token)
+    return curve, _error((curve.seconds(n, context), s) for n, context, s in samples)
 
 
 def _fit(rows: Sequence[Sequence[float]], seconds: Sequence[float], *, with_base: bool) -> Vector:
@@ -141,6 +158,6 @@ def _require(different: int, count: int, what: str) -> None:
 
 
 def _require_positive(samples: Sequence[tuple[int, float]] | Iterator[tuple[int, float]]) -> None:
-    for tokens, seconds in samples:
-        if tokens <= 0 or not 0 < seconds < math.inf:
-            raise ValueError(f"{tokens} tokens in {seconds} s is no measurement")
+    for count, seconds in samples:
+        if count <= 0 or not 0 < seconds < math.inf:
+            raise ValueError(f"{count} in {seconds} s is no measurement")

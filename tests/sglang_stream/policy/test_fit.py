@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_stream.policy.cost import Copying, Prefill
-from sglang_stream.policy.fit import fit_copying, fit_prefill
+from sglang_stream.policy.cost import Copying, Decode, Prefill
+from sglang_stream.policy.fit import fit_copying, fit_decode, fit_prefill
 
 NEW = (16, 64, 256, 1024, 4096)
 CACHED = (0, 512, 2048, 8192, 30000)
@@ -136,3 +136,15 @@ def test_too_little_is_refused() -> None:
         fit_prefill([(16, 0, 0.1), (64, 0, 0.2), (256, 0, 0.3)])
     with pytest.raises(ValueError, match="5 copies of 1 sizes"):
         fit_copying([(16, 0.1)] * 5)
+
+
+decodes = st.builds(Decode, st.floats(1e-4, 1e-1), st.floats(1e-6, 1e-2), st.floats(1e-10, 1e-6))
+
+
+@given(decodes)
+def test_a_known_plane_of_decode_steps_is_found(curve: Decode) -> None:
+    steps = [(n, n * each) for n in (1, 4, 8, 32) for each in (64, 2048, 8192)]
+    fitted, error = fit_decode([(n, context, curve.seconds(n, context)) for n, context in steps])
+    assert error < 1e-6
+    for n, context in steps:
+        assert fitted.seconds(n, context) == pytest.approx(curve.seconds(n, context), rel=1e-4)

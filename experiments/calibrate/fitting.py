@@ -1,0 +1,101 @@
+"""The profile of a machine from what was measured on it: pure functions of rows.
+
+A row tells by `what` of which kind it is, and by `repeat` of which measurement of its cell:
+
+    worker     dtype, kv_tokens, kv_bytes_per_token
+    prefill    new, cached, seconds          one forward of one request
+    swap_out   tokens, seconds               KV of a stream to host memory
+    swap_in    tokens, seconds               and back
+    decode     requests, context, seconds    between two tokens of concurrent requests
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import TypeVar
+
+from experiments.bench.rows import Row
+from sglang_stream.config import Figure, Profile
+from sglang_stream.errors import EngineFailure
+from sglang_stream.policy.fit import fit_copying, fit_decode, fit_prefill
+
+_PASS_MS = (10.0, 100.0)
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def pass_ms_for(base_s: float) -> float:
+    """How long a pass should be: a tenth of it is the base, unless it would be too long."""
+    least, most = _PASS_MS
+    return round(min(max(10 * base_s * 1e3, least), most), 1)
+
+
+def forwards(rows: Sequence[Row]) -> list[tuple[int, int, float]]:
+    """Prefill, by cells in order: new and cached tokens, median seconds."""
+    return [(new, cached, s) for (new, cached), s in _medians(rows, "prefill", "new", "cached")]
+
+
+def copies(rows: Sequence[Row], what: str) -> list[tuple[int, float]]:
+    """`swap_out` or `swap_in`, by sizes in order: tokens, median seconds."""
+    return [(tokens, s) for (tokens,), s in _medians(rows, what, "tokens")]
+
+
+def steps(rows: Sequence[Row]) -> list[tuple[int, int, float]]:
+    """Decode, by cells in order: requests, tokens of their context together, median seconds."""
+    cells = _medians(rows, "decode", "requests", "context")
+    return [(requests, context, s) for (requests, context), s in cells]
+
+
+def make_profile(rows: Sequence[Row], name: str, samples: str) -> Profile:
+    """The profile of the machine that `rows` were measured on, a manifest among them.
+
+    `samples`: the rows' file. Raises EngineFailure where a curve has too few measurements.
+    """
+    manifest = next(row for row in rows if row.get("bench") == "manifest")
+    worker = next(row for row in rows if row.get("what") == "worker")
+    prefill = _fitted(fit_prefill, forwards(rows), "forwards with one request each")
+    return Profile(
+        name=name,
+        kind="measured",
+        machine=_machine(manifest),
+        model=manifest["model"],
+        dtype=worker["dtype"],
+        pass_ms=Figure(
+            pass_ms_for(prefill.value.base_s), "ten times the prefill's base, from 10 to 100 ms"
+        ),
+        kv_bytes_per_token=Figure(worker["kv_bytes_per_token"], "told by the worker"),
+        kv_tokens=Figure(worker["kv_tokens"], "told by the worker"),
+        prefill=prefill,
+        swap_out=_fitted(fit_copying, copies(rows, "swap_out"), "swaps out"),
+        swap_in=_fitted(fit_copying, copies(rows, "swap_in"), "swaps in"),
+        decode=_fitted(fit_decode, steps(rows), "decode steps, seen by the client"),
+        samples=samples,
+    )
+
+
+def _medians(rows: Sequence[Row], what: str, *keys: str) -> list[tuple[list[int], float]]:
+    cells: dict[tuple[int, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        if row.get("what") == what:
+            cells[tuple(row[key] for key in keys)].append(row["seconds"])
+    return [(list(cell), median(seconds)) for cell, seconds in sorted(cells.items())]
+
+
+def _fitted(
+    fit: Callable[[Sequence[S]], tuple[T, float]], cells: Sequence[S], what: str
+) -> Figure[T]:
+    try:
+        curve, error = fit(cells)
+    except ValueError as e:
+        raise EngineFailure(f"{what}: {e}; give more --max-tokens") from e
+    return Figure(curve, f"fitted to the medians of {len(cells)} cells: {what}", round(error, 4))
+
+
+def _machine(manifest: Row) -> str:
+    gpus = manifest["gpus"]
+    if gpus:
+        return ", ".join(f"{gpus.count(gpu)}x {gpu}" for gpu in dict.fromkeys(gpus))
+    return f"{manifest['cores']} cores of {manifest['cpu']}"
