@@ -26,7 +26,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "sglang_stream": ("sglang_stream.sdk", "sglang_stream.errors"),  # the public names only
     "sglang_stream.policy": (),
     "sglang_stream.errors": (),
-    "sglang_stream.messages": ("sglang_stream.errors",),
+    "sglang_stream.messages": ("sglang_stream.errors", "sglang_stream.policy.types"),
     "sglang_stream.session": ("sglang_stream.errors", "sglang_stream.messages"),
     "sglang_stream.config": (*BASICS, "sglang_stream.policy.types", "sglang_stream.policy.cost"),
     "sglang_stream.engine": (*BASICS, "sglang_stream.policy", "sglang_stream.config"),

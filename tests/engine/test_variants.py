@@ -9,6 +9,7 @@ import pytest
 
 from sglang_stream.config import EngineConfig
 from sglang_stream.errors import StreamNotFound
+from tests.engine.pressure import Load
 from tests.harness import Worker, running_worker
 
 _TWO_RANKS = ("--tp-size", "2")
@@ -51,7 +52,29 @@ def test_oracle(log_dir: Path, name: str) -> None:
         worker.flush()
         _aborts(worker)
         worker.flush()
+        _under_pressure(worker)
+        worker.flush()
         worker.assert_healthy()
+        if "--tp-size" in flags:
+            _ranks_decided_alike(worker)
+
+
+def _ranks_decided_alike(worker: Worker) -> None:
+    """Each rank logs a digest of its decisions when the cache is flushed."""
+    digests: dict[str, list[str]] = {"TP0": [], "TP1": []}
+    for line in worker.log.read_text(errors="replace").splitlines():
+        if "sglang-stream: " in line and ", digest " in line:
+            rank = next(r for r in digests if r in line)
+            digests[rank].append(line.partition("sglang-stream: ")[2])
+    assert digests["TP0"] == digests["TP1"]
+    assert len(digests["TP0"]) == 4  # one for each part of the test
+
+
+def _under_pressure(worker: Worker) -> None:
+    """Many more streams than fit, with victims that are swapped and victims that are not."""
+    worker.configure("srpf", "auto", "soft")
+    assert Load(worker).run() == []
+    assert worker.metric("preemptions_total") > 0
 
 
 def _appends(worker: Worker) -> None:
