@@ -22,7 +22,7 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
-from sglang_stream.engine.host import KvCopy, copy_in, copy_out
+from sglang_stream.engine.host import KvCopier, KvCopy
 from sglang_stream.messages import PREFIX_BLOCK, prefix_blocks
 
 TokenIds = array  # array("q"), the type that SGLang keys its tree with
@@ -108,6 +108,8 @@ class StreamRadixCache(RadixCache):
     def __init__(self, params: Any) -> None:
         self._left: set[Any] = set()
         super().__init__(params)
+        pool = self.token_to_kv_pool_allocator.get_kvcache()
+        self._copier = KvCopier(pool) if KvCopier.can_copy(pool) else None
         self.eviction_strategy: Any = _LeftFirst(self.eviction_strategy, self._left)
 
     def reset(self) -> None:
@@ -169,8 +171,10 @@ class StreamRadixCache(RadixCache):
 
     def copy_out(self, hold: Hold) -> KvCopy | None:
         """The held KV in host memory; None where the pool cannot be copied."""
+        if self._copier is None:
+            return None
         values = [node.value for node in self._path(hold.node)]
-        return copy_out(self.token_to_kv_pool_allocator, torch.cat(values[::-1]))
+        return self._copier.out(torch.cat(values[::-1]))
 
     def bring_back(
         self, tokens: TokenIds[int], namespace: str | None, copy: KvCopy, old: Hold | None
@@ -192,9 +196,9 @@ class StreamRadixCache(RadixCache):
         if allocator.available_size() < missing:
             self.evict(EvictParams(num_tokens=missing - allocator.available_size()))
         slots = allocator.alloc(missing) if allocator.available_size() >= missing else None
-        if slots is None:
+        if slots is None or self._copier is None:
             return hold, 0
-        copy_in(allocator, copy, have, slots)
+        self._copier.back(copy, have, slots)
         key = RadixKey(tokens[: copy.length], namespace)
         values = [n.value for n in self._path(hold.node)][::-1] if hold is not None else []
         self.insert(InsertParams(key=key, value=torch.cat([*values, slots])))

@@ -77,14 +77,14 @@ class StreamEngine:
         self._channel = channel
         self._metrics = metrics
         self.role = role_of(scheduler)
-        allocator = scheduler.token_to_kv_pool_allocator
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         self.table = StreamTable(
             holder,
             limits,
             metrics,
             policy=config.policy,
             invalidation=config.invalidation,
-            host=HostMemory.for_pool(allocator, config.host_memory_gb),
+            host=HostMemory.for_pool(pool, config.host_memory_gb),
             page_size=scheduler.page_size,
         )
         self._next_expiry_s = 0.0
@@ -93,11 +93,14 @@ class StreamEngine:
         self._reporter: Reporter | None = None
         self._learner: CostLearner | None = None
         if channel is not None:
-            pool = scheduler.max_total_num_tokens
             self._welcome = channel.welcome(
-                self.role, context_len, limits.vocab_size, scheduler.page_size, pool
+                self.role,
+                context_len,
+                limits.vocab_size,
+                scheduler.page_size,
+                scheduler.max_total_num_tokens,
             )
-            self._learner = CostLearner(kv_bytes_per_token(allocator))
+            self._learner = CostLearner(kv_bytes_per_token(pool))
             self._reporter = Reporter(scheduler, self.table, channel, self._learner)
         self.scheduling = Scheduling(scheduler, self.table, config, self._learner)
         if config.cost is not None:

@@ -1,7 +1,12 @@
 """KV of open streams in host memory, out of the way of others until it is wanted again.
 
-Seam used: the copies of SGLang's KV pools (`mem_cache/memory_pool.py`, get_cpu_copy and
-load_cpu_copy).
+With an accelerator the copies overlap with its work. Pages that are given up may be written again
+at once, so their KV is first gathered aside on the device:
+
+    scheduler's stream   gather | next forward ...        next forward | put | forward that reads it
+    copying stream              '-> to host (pinned)      to device ---'
+
+Seam used: `k_buffer` and `v_buffer` of SGLang's pools (`mem_cache/memory_pool.py`).
 """
 
 from __future__ import annotations
@@ -11,55 +16,70 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import KVCache
 
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class KvCopy:
-    """The KV of the first `length` tokens of a prompt. `layers`: for each, its K and V in blocks
-    of `block` tokens, as SGLang's pool makes them."""
+    """The KV of the first `length` tokens of a prompt: of each buffer of the pool its rows."""
 
-    layers: list[list[list[Any]]]
+    parts: list[torch.Tensor]
     length: int
-    block: int
-
-    def after(self, start: int) -> list[list[list[Any]]]:
-        """The layers without the first `start` tokens."""
-        if start == 0:
-            return self.layers
-        rest = []
-        for blocks in self.layers:
-            k, v = (torch.cat([block[part] for block in blocks])[start:] for part in (0, 1))
-            steps = range(0, len(k), self.block)
-            rest.append([[k[i : i + self.block], v[i : i + self.block]] for i in steps])
-        return rest
 
 
-def can_copy(allocator: Any) -> bool:
-    """Whether the pool of `allocator` can be copied."""
-    return type(allocator.get_kvcache()).get_cpu_copy is not KVCache.get_cpu_copy
+class KvCopier:
+    """Copies between a KV pool and host memory."""
+
+    def __init__(self, pool: Any) -> None:
+        self._buffers: list[torch.Tensor] = [*pool.k_buffer, *pool.v_buffer]
+        self._device = self._buffers[0].device
+        self._module = torch.get_device_module(self._device)
+        self._stream = None if self._device.type == "cpu" else self._module.Stream()
+
+    @staticmethod
+    def can_copy(pool: Any) -> bool:
+        """Whether the pool keeps K and V in rows, one a token."""
+        return (
+            bool(getattr(pool, "k_buffer", None))
+            and bool(getattr(pool, "v_buffer", None))
+            and not getattr(pool, "use_hnd", False)
+        )
+
+    def out(self, slots: torch.Tensor) -> KvCopy:
+        """The KV in `slots` (int64, one a token)."""
+        return KvCopy([self._to_host(buffer[slots]) for buffer in self._buffers], len(slots))
+
+    def back(self, copy: KvCopy, start: int, slots: torch.Tensor) -> None:
+        """Writes the KV of the copy's tokens from `start` on into `slots`."""
+        for buffer, part in zip(self._buffers, copy.parts, strict=True):
+            buffer[slots] = self._to_device(part[start:])
+
+    def _to_host(self, gathered: torch.Tensor) -> torch.Tensor:
+        if self._stream is None:
+            return gathered
+        host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
+        self._stream.wait_stream(self._module.current_stream())
+        with self._module.stream(self._stream):
+            host.copy_(gathered, non_blocking=True)
+        gathered.record_stream(self._stream)
+        return host
+
+    def _to_device(self, host: torch.Tensor) -> torch.Tensor:
+        if self._stream is None:
+            return host
+        with self._module.stream(self._stream):
+            brought = host.to(self._device, non_blocking=True)
+        current = self._module.current_stream()
+        current.wait_stream(self._stream)
+        brought.record_stream(current)
+        return brought
 
 
-def kv_bytes_per_token(allocator: Any) -> float:
+def kv_bytes_per_token(pool: Any) -> float:
     """Of all layers of this rank."""
-    pool = allocator.get_kvcache()
     sizes = pool.get_kv_size_bytes()
     return float((sum(sizes) if isinstance(sizes, tuple) else sizes) / pool.size)
-
-
-def copy_out(allocator: Any, slots: Any) -> KvCopy | None:
-    """The KV in `slots` (int64, one a token) in host memory; None where the pool cannot do it."""
-    if not can_copy(allocator):
-        return None
-    layers = allocator.get_cpu_copy(slots)
-    return KvCopy(layers, len(slots), allocator.get_kvcache().cpu_offloading_chunk_size)
-
-
-def copy_in(allocator: Any, copy: KvCopy, start: int, slots: Any) -> None:
-    """Writes the KV of the tokens from `start` on into `slots`."""
-    allocator.load_cpu_copy(copy.after(start), slots)
 
 
 class HostMemory:
@@ -71,11 +91,11 @@ class HostMemory:
         self._copies: OrderedDict[str, KvCopy] = OrderedDict()
 
     @classmethod
-    def for_pool(cls, allocator: Any, gigabytes: float) -> HostMemory:
+    def for_pool(cls, pool: Any, gigabytes: float) -> HostMemory:
         """`gigabytes` (GiB) of host memory for the KV of this rank."""
-        if not can_copy(allocator):
+        if not KvCopier.can_copy(pool):
             return cls(0)
-        return cls(int(gigabytes * _GIB / kv_bytes_per_token(allocator)))
+        return cls(int(gigabytes * _GIB / kv_bytes_per_token(pool)))
 
     def put(self, stream_id: str, copy: KvCopy) -> list[str]:
         """Keeps a copy; returns whose copies it has dropped for it. It must fit."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.memory_pool import KVCache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_stream import messages as m
@@ -40,33 +38,14 @@ from sglang_stream.errors import (
 from sglang_stream.policy import Invalidation, Victim
 
 POOL = 4096
-BLOCK = 16  # tokens of a part of a copy in host memory
 
 
-class Pool(KVCache):
+class Pool:
     """A KV pool of one layer whose K and V of a slot are the token in it."""
 
-    def __init__(self, size: int, content: torch.Tensor) -> None:
-        self.size = size
-        self.content = content
-        self.cpu_offloading_chunk_size = BLOCK
-
-    def get_kv_size_bytes(self) -> tuple[int, int]:
-        return 8 * self.size, 8 * self.size
-
-    def get_cpu_copy(self, indices: torch.Tensor, mamba_indices: object = None) -> Any:
-        parts = indices.split(BLOCK)
-        return [[[self.content[part].clone(), -self.content[part]] for part in parts]]
-
-    def load_cpu_copy(
-        self, kv_cache_cpu: Any, indices: torch.Tensor, mamba_indices: object = None
-    ) -> None:
-        for part, (k, v) in zip(indices.split(BLOCK), kv_cache_cpu[0], strict=True):
-            assert torch.equal(k, -v)
-            self.content[part] = k
-
-
-Pool.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    def __init__(self, content: torch.Tensor) -> None:
+        self.k_buffer = [content]
+        self.v_buffer = [content.clone()]
 
 
 class Rig:
@@ -80,7 +59,7 @@ class Rig:
         host_tokens: int = 0,
     ) -> None:
         self.content = torch.full((POOL + page_size + 1,), -1, dtype=torch.int64)
-        pool = Pool(POOL, self.content)
+        pool = Pool(self.content)
         if page_size == 1:
             self.allocator = TokenToKVPoolAllocator(POOL, torch.float32, "cpu", pool, False)
         else:
