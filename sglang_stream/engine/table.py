@@ -399,6 +399,7 @@ class StreamTable:
             self._predictor.gap(gap)
         if was_ready:
             stream.since_s = now
+        stream.preempted = False
         stream.last_chunk_s = now
         stream.latest = self.arrive()
         self._predict(stream)
@@ -449,7 +450,6 @@ class StreamTable:
     def _touch(self, stream_id: str, now: float) -> Stream:
         stream = self.get(stream_id)
         stream.last_event_s = now
-        stream.preempted = False
         return stream
 
     def _unpack(self, raw: bytes, before: int) -> array[int]:
