@@ -1,6 +1,6 @@
 """The KV of streams: which prefix each holds, what lies in host memory, who is served first.
 
-    open --hold--> held --preempt--> cached until evicted, or copied to host memory --restore--> held
+    open --hold--> held --preempt--> cached until evicted, or copied to the host --restore--> held
 
 Every change of what a stream holds changes its place in the order, so both are kept here.
 """
