@@ -95,7 +95,7 @@ class RouterHandlers:
         return json_response(stream.described(), 201)
 
     async def list_open(self, request: Request) -> Response:
-        streams = self._service.streams.open_of(self._caller(request))
+        streams = await self._service.open_of(self._caller(request))
         return json_response({"object": "list", "data": [s.described() for s in streams]})
 
     async def look(self, stream_id: str, request: Request) -> Response:

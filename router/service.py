@@ -45,12 +45,7 @@ from sglang_stream.errors import (
     StreamSealed,
     WorkerUnavailable,
 )
-from sglang_stream.messages import (
-    Abort,
-    Open,
-    Query,
-    pack_tokens,
-)
+from sglang_stream.messages import Abort, Open, Query, Status, pack_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -249,11 +244,25 @@ class StreamService:
         _present(stream)  # its client may have left while the worker was asked
         if stream.epoch == 0 or stream.generation is None:
             stream.seq, stream.tokens = status.seq, status.tokens
-        stream.usage = status.usage
+        _take_counters(stream, status)
         if stream.generation is None or stream.generation.ended or status.state == "sealed":
             stream.state = status.state  # a prefill worker has finished before the answer has
         stream.touch()
         return stream
+
+    async def open_of(self, caller: Caller) -> list[Stream]:
+        """The caller's open streams as their workers see them now, or as they were last known
+        where a worker does not answer."""
+        streams = list(self.streams.open_of(caller))
+
+        async def look(stream: Stream) -> None:
+            if stream.worker is not None:
+                with suppress(StreamError):
+                    query = Query(stream.id, stream.owner)
+                    _take_counters(stream, await stream.worker.status(query))
+
+        await asyncio.gather(*(look(stream) for stream in streams))
+        return [stream for stream in streams if stream.state == "open"]
 
     async def delete(self, stream_id: str, caller: Caller) -> None:
         """Aborts the stream or its generation, whichever router asked for it. Raises
@@ -341,6 +350,11 @@ class StreamService:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _take_counters(stream: Stream, status: Status) -> None:
+    stream.usage = status.usage
+    stream.held, stream.saved, stream.priority = status.held, status.saved, status.place
 
 
 def _present(stream: Stream) -> Stream:

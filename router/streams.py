@@ -61,7 +61,8 @@ class Stream:
     `worker`: who holds it, None while it is between two workers. `epoch`: how often it has moved.
     `owner`, `namespace`: see `messages.Open`. `sending` keeps the calls of one stream in the order
     in which they arrived, while the texts of some are tokenised in a thread; `moving` is held
-    while it changes workers. `seq` and `tokens` (the prompt's length) are as the worker last told.
+    while it changes workers. `seq`, `tokens` (the prompt's length), `usage`,
+    `held`, `saved` and `priority` (`place` of `messages.Status`) are as the worker last told.
     `tail`: ids after the context, known once it is sealed. `touched_s`: the time of the last call,
     on the monotonic clock.
     """
@@ -81,6 +82,9 @@ class Stream:
     seq: int = 0
     tokens: int = 0
     usage: Usage = field(default_factory=Usage)
+    held: int = 0
+    saved: int = 0
+    priority: int | None = None
     chunks: dict[int, array[int]] = field(default_factory=dict)
     tail: array[int] | None = None
     sending: Lock = field(default_factory=Lock)
@@ -218,6 +222,9 @@ class Stream:
             "status": self.state,
             "created": self.created,
             "seq": self.seq,
+            "held_tokens": self.held,
+            "swapped_tokens": self.saved,
+            "priority": self.priority,
             "usage": {"prompt_tokens": self.tokens, "stream": msgspec.structs.asdict(self.usage)},
         }
 

@@ -21,6 +21,8 @@ from typing import Literal
 
 import msgspec
 
+from sglang_stream.policy.types import Invalidation, PolicyName, Preemption
+
 PROTOCOL = 3
 SEAL_KEY = "sglang_stream"
 Mode = Literal["append", "update"]
@@ -124,6 +126,15 @@ class Fetch(Message, frozen=True, tag=True, array_like=True):
 
 class Resync(Message, frozen=True, tag=True, array_like=True):
     """Asks for a `Snapshot`: a router has just come, or missed a report."""
+
+
+class Configure(Message, frozen=True, tag=True, array_like=True):
+    """Has a worker schedule otherwise from now on (see `policy.types`); refused while it has
+    streams. For whoever compares policies on one running worker."""
+
+    policy: PolicyName
+    preemption: Preemption
+    invalidation: Invalidation
 
 
 class Accepted(Message, frozen=True, tag=True, array_like=True):
@@ -243,7 +254,7 @@ class SealCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 Event = Open | Append | Update | Abort | Query | Fetch
-Question = Hello | Resync | Event
+Question = Hello | Resync | Configure | Event
 Answer = Welcome | Accepted | Status | Copy | Snapshot | Refused
 Said = Answer | Report
 

@@ -24,6 +24,7 @@ from sglang_stream import messages as m
 from sglang_stream.config import ENGINE_VARIABLE, EngineConfig
 from sglang_stream.engine.cpu.tiny_model import default_tiny_model
 from sglang_stream.errors import StreamError, StreamNotFound, StreamSealed, from_fields
+from sglang_stream.policy.types import Invalidation, PolicyName, Preemption
 
 START_TIMEOUT_S = 180
 
@@ -128,6 +129,16 @@ class Worker:
 
     def abort(self, stream_id: str) -> m.Accepted:
         return self.ask(m.Abort(stream_id))
+
+    def configure(
+        self, policy: PolicyName, preemption: Preemption, invalidation: Invalidation
+    ) -> m.Accepted:
+        return self.ask(m.Configure(policy, preemption, invalidation))
+
+    def metric(self, name: str) -> float:
+        """The sum of the samples of `sglang_stream_*` metrics whose name and labels begin so."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(x.split()[-1]) for x in lines if x.startswith(f"sglang_stream_{name}"))
 
     def idle(self, stream_id: str, computed: int) -> m.Status:
         """Waits until `computed` tokens of the stream were computed in passes."""

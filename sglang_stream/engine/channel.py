@@ -29,7 +29,7 @@ class StreamEvent:
 
     peer: bytes
     call_id: bytes
-    event: m.Event | m.Resync
+    event: m.Event | m.Resync | m.Configure
     now: float
 
 

@@ -35,6 +35,7 @@ from sglang_stream.engine.seal import check_ordinary, refuse, seal, seal_call
 from sglang_stream.engine.stream import Stream
 from sglang_stream.engine.table import Limits, StreamTable
 from sglang_stream.errors import (
+    InvalidRequest,
     SequenceConflict,
     SequenceGap,
     StreamError,
@@ -151,9 +152,11 @@ class StreamEngine:
                 self.table.drop(stream)
         self._measure()
 
-    def _apply(self, event: m.Event | m.Resync, now: float) -> m.Answer:
+    def _apply(self, event: m.Event | m.Resync | m.Configure, now: float) -> m.Answer:
         if isinstance(event, m.Resync):
             return self._reporter.snapshot() if self._reporter else m.Snapshot(0, b"")
+        if isinstance(event, m.Configure):
+            return self._configure(event)
         self._check_owner(event)
         if isinstance(event, m.Open | m.Append | m.Update | m.Abort):
             self._check_epoch(event)
@@ -171,6 +174,15 @@ class StreamEngine:
                 return self.table.status(event.stream_id)
             case m.Fetch():
                 return self.table.copy(self.table.get(event.stream_id), event.since)
+
+    def _configure(self, event: m.Configure) -> m.Accepted:
+        self.settle()
+        if self.table.live:
+            raise InvalidRequest("this worker has streams: end them before you change the policy")
+        self.scheduling.configure(event.policy, event.preemption, self.scheduling.cost)
+        self.table.configure(event.policy, event.invalidation)
+        self._metrics.use(event.policy)
+        return m.Accepted(0, 0)
 
     def before_sleep(self) -> None:
         """The scheduler is about to sleep: rank 0 tells its routers what has changed."""

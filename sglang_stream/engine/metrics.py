@@ -15,10 +15,9 @@ class EngineMetrics:
     (`--enable-metrics`) before for them to reach the page. `policy`: a label of what it decides."""
 
     def __init__(self, policy: PolicyName = "fcfs", registry: CollectorRegistry = REGISTRY) -> None:
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"sglang_stream_{name}", text, ["policy"], registry=registry).labels(
-                policy
-            )
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            names = ["policy", *labels]
+            return Counter(f"sglang_stream_{name}", text, names, registry=registry)
 
         self.open = Gauge(
             "sglang_stream_open_streams",
@@ -32,28 +31,27 @@ class EngineMetrics:
             multiprocess_mode="mostrecent",
             registry=registry,
         )
-        self.passes = counter("passes", "Passes computed for open streams.")
-        self.pass_tokens = counter("pass_tokens", "Tokens computed in passes.")
-        self.recomputed = counter(
-            "recomputed_tokens", "Tokens computed in passes that had been computed before."
+        self._by_policy = {
+            "passes": counter("passes", "Passes computed for open streams."),
+            "pass_tokens": counter("pass_tokens", "Tokens computed in passes."),
+            "recomputed": counter(
+                "recomputed_tokens", "Tokens computed in passes that had been computed before."
+            ),
+            "swapped": counter("swapped_tokens", "KV tokens copied to host memory."),
+            "restored": counter("restored_tokens", "KV tokens copied back from host memory."),
+            "invalidated": counter("invalidated_tokens", "Tokens whose KV an update made useless."),
+            "found_again": counter(
+                "found_again_tokens",
+                "Tokens that an update left behind and a later one found again.",
+            ),
+        }
+        self._preemptions = counter(
+            "preemptions", "Times that a stream's KV was given up for other requests.", "kind"
         )
-        self.swapped = counter("swapped_tokens", "KV tokens copied to host memory.")
-        self.restored = counter("restored_tokens", "KV tokens copied back from host memory.")
-        self.invalidated = counter("invalidated_tokens", "Tokens whose KV an update made useless.")
-        self.found_again = counter(
-            "found_again_tokens", "Tokens that an update left behind and a later one found again."
-        )
+        self.use(policy)
         self.chunks = Counter(
             "sglang_stream_chunks", "Chunks and updates applied.", registry=registry
         )
-        preemptions = Counter(
-            "sglang_stream_preemptions",
-            "Times that a stream's KV was given up for other requests.",
-            ["policy", "kind"],
-            registry=registry,
-        )
-        self.recomputes = preemptions.labels(policy, "recompute")
-        self.swaps = preemptions.labels(policy, "swap")
         self.odd = Counter(
             "sglang_stream_odd_events",
             "Events that were repeated, late, out of order (gap), unreadable, for a stream that is "
@@ -81,6 +79,18 @@ class EngineMetrics:
             registry=registry,
         )
 
+    def use(self, policy: PolicyName) -> None:
+        """Counts under the name of this policy from now on."""
+        self.passes = self._by_policy["passes"].labels(policy)
+        self.pass_tokens = self._by_policy["pass_tokens"].labels(policy)
+        self.recomputed = self._by_policy["recomputed"].labels(policy)
+        self.swapped = self._by_policy["swapped"].labels(policy)
+        self.restored = self._by_policy["restored"].labels(policy)
+        self.invalidated = self._by_policy["invalidated"].labels(policy)
+        self.found_again = self._by_policy["found_again"].labels(policy)
+        self.recomputes = self._preemptions.labels(policy, "recompute")
+        self.swaps = self._preemptions.labels(policy, "swap")
+
 
 class _Silent:
     """Takes every measurement and keeps none."""
@@ -99,5 +109,6 @@ def silent_metrics() -> EngineMetrics:
     """Metrics for the ranks that only repeat what rank 0 counts already."""
     metrics = EngineMetrics(registry=CollectorRegistry())
     for name in vars(metrics):
-        setattr(metrics, name, _Silent())
+        if not name.startswith("_"):
+            setattr(metrics, name, _Silent())
     return metrics

@@ -21,7 +21,18 @@ from sglang_stream.engine.learn import CostLearner
 from sglang_stream.engine.passes import build_pass, ticket_of
 from sglang_stream.engine.stream import Stream
 from sglang_stream.engine.table import StreamTable
-from sglang_stream.policy import Budget, CostModel, Decision, Planner, PoolView, Victim, View
+from sglang_stream.policy import (
+    POLICIES,
+    Budget,
+    CostModel,
+    Decision,
+    Planner,
+    PolicyName,
+    PoolView,
+    Preemption,
+    Victim,
+    View,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +56,22 @@ class Scheduling:
         self._config = config
         self._learner = learner
         self._page = scheduler.page_size
-        self._planner = Planner(table.policy, config.preemption, config.cost)
-        # Where SGLang was asked for an order of its own, passes find their place in that one.
-        self._orders_requests = (
-            config.policy != "default"
-            and scheduler.policy.policy is CacheAgnosticPolicy.FCFS
-            and not scheduler.enable_priority_scheduling
-        )
+        self.configure(config.policy, config.preemption, config.cost)
         self._passes_built = 0
         self._decode_is_due = False
         self._decisions = 0
         self._digest = hashlib.blake2b(digest_size=8)
         self.running_passes = 0
+
+    def configure(self, policy: PolicyName, preemption: Preemption, cost: CostModel | None) -> None:
+        """Plans so from now on."""
+        self._planner = Planner(POLICIES[policy], preemption, cost)
+        # Where SGLang was asked for an order of its own, passes find their place in that one.
+        self._orders_requests = (
+            policy != "default"
+            and self._scheduler.policy.policy is CacheAgnosticPolicy.FCFS
+            and not self._scheduler.enable_priority_scheduling
+        )
 
     def learn(self, cost: CostModel) -> None:
         """Plans with these costs from now on."""
@@ -82,6 +97,10 @@ class Scheduling:
         ]
         self._started(batch_plan.batch_to_run)
         return batch_plan
+
+    @property
+    def cost(self) -> CostModel | None:
+        return self._planner.cost
 
     @staticmethod
     def arrange(queue: list[Req]) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Any
 
 from sglang_stream import messages as m
 from sglang_stream.engine.cache import Hold, Holder
@@ -25,7 +24,7 @@ from sglang_stream.errors import (
     StreamNotFound,
     StreamSealed,
 )
-from sglang_stream.policy import POLICIES, Order, Policy, Prefill, SealPredictor, Victim, View
+from sglang_stream.policy import POLICIES, Order, Policy, Prefill, SealPredictor, Victim
 from sglang_stream.policy.types import Invalidation, PolicyName
 from sglang_stream.session import Session, Verdict
 
@@ -59,12 +58,10 @@ class StreamTable:
         self._cache = cache
         self._limits = limits
         self._metrics = metrics
-        self._invalidation: Invalidation = invalidation
         self._page = page_size
         self._arrivals = 0
         self._predictor = SealPredictor()
-        self.policy: Policy = POLICIES[policy]
-        self.order = Order(self.policy)
+        self.configure(policy, invalidation)
         self.host = host or HostMemory(0)
         self.prefill = _UNKNOWN
         self.now = 0.0
@@ -74,6 +71,12 @@ class StreamTable:
         self.open_count = 0
         self.held_tokens = 0
         self._finished: OrderedDict[str, tuple[bytes, m.Status]] = OrderedDict()
+
+    def configure(self, policy: PolicyName, invalidation: Invalidation) -> None:
+        """Ranks and invalidates so from now on; only while there are no streams."""
+        self.policy: Policy = POLICIES[policy]
+        self.order = Order(self.policy)
+        self._invalidation: Invalidation = invalidation
 
     def arrive(self) -> int:
         """The next place in the order of arrival, of streams, chunks and requests alike."""

@@ -12,8 +12,9 @@ from sglang_stream.errors import from_fields
 class StreamUsage(msgspec.Struct, frozen=True):
     """What streaming did for one request: `usage.stream` of the answer, in tokens.
 
-    `ready_tokens`: computed when the stream was sealed. `router_ttft_ms`: from the seal to the
-    first token, seen by the router.
+    `ready_tokens`: computed when the stream was sealed. `preemptions`: how often its KV was given
+    up for others; `recomputed_tokens`: computed once more for that. `router_ttft_ms`: from the seal
+    to the first token, seen by the router.
     """
 
     chunks: int = 0
@@ -22,6 +23,8 @@ class StreamUsage(msgspec.Struct, frozen=True):
     invalidated_tokens: int = 0
     computed_tokens: int = 0
     ready_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
     router_ttft_ms: float | None = None
 
 

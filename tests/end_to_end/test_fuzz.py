@@ -103,6 +103,7 @@ class Streams:
         for state in states.values():
             if "usage" in state:
                 state["usage"]["stream"].pop("computed_tokens")
+                del state["held_tokens"], state["priority"]
         return states
 
     def known(self, path: str) -> list[str]:

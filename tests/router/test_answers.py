@@ -27,6 +27,8 @@ STREAM_USAGE = {
     "ready_tokens": 10,
     "early_kv_bytes": 0,
     "late_kv_bytes": 0,
+    "preemptions": 0,
+    "recomputed_tokens": 0,
 }
 
 

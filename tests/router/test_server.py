@@ -47,6 +47,9 @@ def test_open_answers_with_the_stream(client: httpx.Client, worker: FakeWorker) 
         "model": "tiny",
         "status": "open",
         "seq": 0,
+        "held_tokens": 0,
+        "swapped_tokens": 0,
+        "priority": None,
         "usage": {
             "prompt_tokens": 2,
             "stream": {
@@ -58,6 +61,8 @@ def test_open_answers_with_the_stream(client: httpx.Client, worker: FakeWorker) 
                 "ready_tokens": 0,
                 "early_kv_bytes": 0,
                 "late_kv_bytes": 0,
+                "preemptions": 0,
+                "recomputed_tokens": 0,
             },
         },
     }

@@ -118,9 +118,7 @@ def test_no_pass_while_a_full_request_does_not_fit() -> None:
     assert plan([whole(5000)], [View("works", 0, 500, 100)], PoolView(100, 100)).passes == ()
 
 
-def test_waiting_sealed_streams_are_preempted_last_unswapped_and_not_the_first_of_them() -> (
-    None
-):
+def test_waiting_sealed_streams_are_preempted_last_unswapped_and_not_the_first_of_them() -> None:
     streams = [
         View("sealed-1", 0, 200, 200, full=True),
         View("sealed-2", 1, 200, 200, full=True),
