@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
@@ -83,7 +83,7 @@ def plot(rows: Sequence[Row], profile: Profile) -> Figure:
 
 def save_plot(rows: Sequence[Row], profile: Profile, path: Path) -> None:
     """Writes the plot, in the format that the path's ending names. Raises as `plot` does."""
-    plot(rows, profile).savefig(path, metadata={"Date": None})
+    plot(rows, profile).savefig(path)
 
 
 def _plot_prefill(axes: Axes, rows: Sequence[Row], profile: Profile) -> None:
@@ -121,8 +121,13 @@ def _plot_decode(axes: Axes, rows: Sequence[Row], profile: Profile) -> None:
         _dots(axes, own, colour)
         contexts = _between(context for context, _ in own)
         fitted = [(n, profile.decode.value.seconds(count, n)) for n in contexts]
-        _line(axes, fitted, colour, f"{count} requests")
-    _finish(axes, f"decode step ({profile.decode.error or 0:.1%})", "tokens of context together")
+        _line(axes, fitted, colour, f"{count} at once")
+    _finish(
+        axes,
+        f"decode step ({profile.decode.error or 0:.1%})",
+        "tokens of context together",
+        "linear",
+    )
 
 
 def _between(values: Iterator[int] | Sequence[int]) -> list[int]:
@@ -140,7 +145,7 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], colour: str, name: st
     axes.plot([x for x, _ in points], [s * 1e3 for _, s in points], color=colour, label=name)
 
 
-def _finish(axes: Axes, title: str, what: str) -> None:
-    axes.set(title=title, xlabel=what, ylabel="ms", xscale="log", yscale="log")
+def _finish(axes: Axes, title: str, what: str, scale: Literal["log", "linear"] = "log") -> None:
+    axes.set(title=title, xlabel=what, ylabel="ms", xscale=scale, yscale=scale)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
