@@ -12,13 +12,15 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from statistics import median
+from typing import Any
 
 import httpx
 from httpx_sse import aconnect_sse
 
 from experiments.bench.rows import Row
-from experiments.direct import DirectWorker
+from experiments.direct import DirectHttp, DirectWorker
 from sglang_stream.errors import EngineFailure
 
 Add = Callable[[Row], None]
@@ -79,7 +81,7 @@ class MeasuredWorker(DirectWorker):
 
     def row(self) -> Row:
         """What it is. `kv_bytes_per_token`: over all devices."""
-        server = self.http.call("GET", "/server_info")
+        server = self._call("GET", "/server_info")
         state = server["internal_states"][0]["sglang_stream"]
         return {
             "what": "worker",
@@ -92,15 +94,20 @@ class MeasuredWorker(DirectWorker):
     def compute(self, prompt: Sequence[int]) -> None:
         """One ordinary request for one token."""
         params = {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True}
-        self.http.call("POST", "/generate", {"input_ids": prompt, "sampling_params": params})
+        self._call("POST", "/generate", {"input_ids": prompt, "sampling_params": params})
 
     def new(self, figures: str) -> list[tuple[float, ...]]:
         """What has joined `figures` since the last call. No two have the same seconds."""
-        server = self.http.call("GET", "/server_info")
+        server = self._call("GET", "/server_info")
         told = [tuple(f) for f in server["internal_states"][0]["sglang_stream"][figures]]
         before = self._told.get(figures, set())
         self._told[figures] = set(told)
         return [figure for figure in told if figure not in before]
+
+    def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """Over a new connection: the server closes one that has been idle for some seconds."""
+        with closing(DirectHttp(self.url)) as http:
+            return http.call(method, path, body)
 
     def wait_for(self, reached: Callable[[], bool], what: str) -> None:
         """Asks again and again. Raises EngineFailure with `what` if it never comes true."""
