@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from enum import Enum
@@ -14,9 +13,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
+from experiments import display
 from experiments.bench import added, apart, attention, chat, lcp, rates, router, traffic, ttft
 from experiments.bench.rows import Row, RowFile, manifest, read_rows
 from experiments.server import (
@@ -27,7 +27,6 @@ from experiments.server import (
 )
 from sglang_stream.errors import EngineFailure, InvalidRequest
 
-_TABLE_WIDTH = 120
 _APART = ("--decode-workers", "1")
 # The worker looks for chunks between two passes: short ones, or it is what limits their number.
 _SHORT_PASSES = ("--stream-pass-tokens", "32")
@@ -146,7 +145,7 @@ def bench(
 
       sglang-stream bench ttft --sizes 2048 --repeats 3
     """
-    console = _console()
+    console = display.console()
     if show is not None:
         _print_tables(console, read_rows(show))
         return
@@ -176,7 +175,7 @@ def bench(
             rows.append(row)
             file.add(row)
 
-        with _progress() as progress:
+        with display.progress() as progress:
             _MEASURES[part](settings, progress, add)
         _print_tables(console, rows)
     console.print(f"The rows are in {file.path}", soft_wrap=True)
@@ -357,25 +356,3 @@ def _numbers(text: str, unit: int, param: str) -> list[int]:
 
 def _default_file() -> Path:
     return Path(".cache/bench") / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.jsonl"
-
-
-def _console() -> Console:
-    """Tables keep their shape where the output is a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_TABLE_WIDTH)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    # Drawn rarely: the display must not take time from what is measured.
-    with Progress(
-        *columns, console=Console(stderr=True), refresh_per_second=2, transient=True
-    ) as progress:
-        yield progress
