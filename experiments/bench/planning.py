@@ -1,8 +1,8 @@
 """How long ordering and planning take with many streams; no engine.
 
-Each iteration 8 chunks come, 4 streams are sealed, those sealed before are admitted, 4 are opened: what is learned
-of gaps and seals, the changed views and their places count as ordering. Then an iteration is
-planned on a pool that is full:
+Each iteration 8 chunks come, 4 streams are sealed, the 4 sealed before are admitted, and 4 are
+opened. What is learned of gaps and seals, the changed views and their places count as ordering.
+Then an iteration is planned on a pool that is full:
 
     full    an ordinary request does not fit: streams from the end of the rank give their KV up
     passes  open streams are to be computed, and take their KV from those behind them
@@ -65,28 +65,33 @@ class _Stream:
     held: int
     latest: int
     since_s: float
-    due_s: float
     last_chunk_s: float
+    due_s: float = 0.0
     chunks: int = 1
+    gap_s: float = 0.0
     gaps_s: float = 0.0
     full: bool = False
     busy: bool = False
     parked: bool = False
 
     def view(self) -> View:
-        missing = self.tokens - self.held
+        tokens, held = self.tokens, self.held
+        work_s = _COST.prefill.work_s(tokens - held, held) if tokens > held else 0.0
+        # By place, in the order of `View`: half the time of names.
         return View(
-            id=self.id,
-            arrival=self.arrival,
-            tokens=self.tokens,
-            held=self.held,
-            full=self.full,
-            latest=self.latest,
-            busy=self.busy,
-            parked=self.parked,
-            since_s=self.since_s,
-            work_s=_COST.prefill.work_s(missing, self.held) if missing > 0 else 0.0,
-            due_s=self.due_s,
+            self.id,
+            self.arrival,
+            tokens,
+            held,
+            self.full,
+            self.latest,
+            0,
+            0,
+            self.busy,
+            self.parked,
+            self.since_s,
+            work_s,
+            self.due_s,
         )
 
 
@@ -101,53 +106,64 @@ class World:
         self.now = 0.0
         self.order = Order(POLICIES[policy])
         self.streams: dict[str, _Stream] = {}
-        for _ in range(count):
-            self.open(*self.opening())
+        self.rank((), (), (), [self.opened() for _ in range(count)])
 
-    def opening(self) -> tuple[int, int]:
-        """Tokens and held tokens of a stream to open: most have nothing to compute."""
+    def opened(self) -> _Stream:
+        """A new stream; most have nothing to compute."""
         tokens = self._rng.randint(500, 4000)
-        return tokens, self._rng.choice((tokens, tokens, self._rng.randint(0, tokens)))
-
-    def open(self, tokens: int, held: int) -> None:
-        self._places += 1
-        due_s = self._predictor.due_s(1, self.now, 0.0)
-        place = self._places
-        stream = _Stream(f"st-{place:032x}", place, tokens, held, place, self.now, due_s, self.now)
+        held = self._rng.choice((tokens, tokens, self._rng.randint(0, tokens)))
+        place = self._next_place()
+        stream = _Stream(f"st-{place:032x}", place, tokens, held, place, self.now, self.now)
         self.streams[stream.id] = stream
-        self.order.put(stream.view())
+        return stream
 
-    def chunk(self, stream: _Stream) -> None:
-        gap_s = self.now - stream.last_chunk_s
-        self._predictor.gap(gap_s)
-        self._places += 1
+    def grown(self, stream: _Stream) -> _Stream:
+        """The stream with a chunk that has just come."""
         if stream.held >= stream.tokens:
             stream.since_s = self.now
         stream.tokens += _CHUNK_TOKENS
         stream.chunks += 1
-        stream.gaps_s += gap_s
+        stream.gap_s = self.now - stream.last_chunk_s
+        stream.gaps_s += stream.gap_s
         stream.last_chunk_s = self.now
-        stream.latest = self._places
+        stream.latest = self._next_place()
         stream.parked = False
-        stream.due_s = self._predictor.due_s(stream.chunks, self.now, stream.gaps_s)
-        self.order.put(stream.view())
+        return stream
 
-    def seal(self, stream: _Stream) -> None:
-        """Seals a stream, whose request is admitted before the next iteration."""
-        self._predictor.sealed(stream.chunks)
+    def sealed(self, stream: _Stream) -> _Stream:
         stream.full = True
         stream.since_s = self.now
-        self.order.put(stream.view())
-
-    def admit(self, stream: _Stream) -> None:
-        self.order.drop(stream.id)
-        del self.streams[stream.id]
+        return stream
 
     def choose(self) -> tuple[list[_Stream], list[_Stream]]:
         """Who gets a chunk and who is sealed in the next iteration; no one does both."""
         still_open = [stream for stream in self.streams.values() if not stream.full]
         chosen = self._rng.sample(still_open, min(CHUNKS + SEALS, len(still_open)))
         return chosen[SEALS:], chosen[:SEALS]
+
+    def rank(
+        self,
+        admitted: Sequence[_Stream],
+        grown: Sequence[_Stream],
+        sealed: Sequence[_Stream],
+        opened: Sequence[_Stream],
+    ) -> None:
+        """What keeping the order takes of an iteration."""
+        order, predictor = self.order, self._predictor
+        for stream in admitted:
+            order.drop(stream.id)
+        for stream in grown:
+            predictor.gap(stream.gap_s)
+        for stream in sealed:
+            predictor.sealed(stream.chunks)
+            order.put(stream.view())
+        for stream in (*grown, *opened):
+            stream.due_s = predictor.due_s(stream.chunks, stream.last_chunk_s, stream.gaps_s)
+            order.put(stream.view())
+
+    def forget(self, streams: Sequence[_Stream]) -> None:
+        for stream in streams:
+            del self.streams[stream.id]
 
     def apply(self, decision: Decision) -> None:
         """Victims lose their KV; passes run, and end."""
@@ -162,6 +178,10 @@ class World:
             stream.busy = False
             stream.held += chosen.tokens
             self.order.put(stream.view())
+
+    def _next_place(self) -> int:
+        self._places += 1
+        return self._places
 
 
 def measure(
@@ -199,22 +219,17 @@ def _iterations(
     admitted: list[_Stream] = []
     for number in range(-_WARMING, count):
         world.now += _STEP_S
-        chunked, sealed = world.choose()
-        openings = [world.opening() for _ in sealed]
+        chosen, last = world.choose()
+        grown, sealed = [world.grown(s) for s in chosen], [world.sealed(s) for s in last]
+        opened = [world.opened() for _ in sealed]
         began = time.perf_counter()
-        for stream in admitted:
-            world.admit(stream)
-        for stream in chunked:
-            world.chunk(stream)
-        for stream in sealed:
-            world.seal(stream)
-        for opening in openings:
-            world.open(*opening)
+        world.rank(admitted, grown, sealed, opened)
         ordered = time.perf_counter()
         decision = planner.plan(full, world.order.views, pool, _BUDGET)
         planned = time.perf_counter()
         world.apply(decision)
         applied = time.perf_counter()
+        world.forget(admitted)
         admitted = sealed
         if number >= 0:
             victims, passes = len(decision.victims), len(decision.passes)

@@ -48,18 +48,19 @@ class SealPredictor:
     def due_s(self, chunks: int, last_s: float, own_gaps_s: float) -> float:
         """When the seal is predicted of a stream with `chunks` so far, the last at `last_s`;
         `own_gaps_s`: the sum of the gaps between them."""
-        gaps = max(0, chunks - 1)
+        gaps = chunks - 1 if chunks > 1 else 0
         gap_s = (own_gaps_s + _YOUNG * self._gap_s) / (gaps + _YOUNG)
-        return last_s + self._still(chunks) * gap_s
+        to_come = self._to_come or self._counted()
+        return last_s + (to_come[chunks] if chunks < len(to_come) else to_come[-1]) * gap_s
 
-    def _still(self, chunks: int) -> float:
-        """Chunks to come after so many."""
-        if not self._lengths:
-            return _UNKNOWN_CHUNKS
-        if not self._to_come:
-            # From the longest down: how many had k chunks or more, and how many they had beyond k.
+    def _counted(self) -> list[float]:
+        """The mean number of chunks to come, by the number so far; the last one for all beyond."""
+        if self._lengths:
+            # From the longest down: how many had k chunks or more, how many they had beyond k.
             reached = list(accumulate(reversed(self._of_length)))
             beyond = accumulate(reached[:-1], initial=0)
             means = [b / r if r else 0.0 for b, r in zip(beyond, reached, strict=True)]
             self._to_come = means[::-1]
-        return self._to_come[chunks] if chunks < len(self._to_come) else 0.0
+        else:
+            self._to_come = [_UNKNOWN_CHUNKS]
+        return self._to_come
