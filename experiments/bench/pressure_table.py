@@ -24,12 +24,25 @@ def table(rows: Sequence[Row]) -> Table:
         shown.add_column(f"TTFT P{percent}, s", justify="right")
     for heading in ("completion, s", "tokens/s", "preempted", "again", "swapped", "answered"):
         shown.add_column(heading, justify="right")
+    lines: list[str] = []
     for workload in dict.fromkeys(row["workload"] for row in rows):
-        _add_block(shown, str(workload), [row for row in rows if row["workload"] == workload])
-    shown.caption = (
-        "In brackets: how many times better than waiting. Completion: median from arrival to the "
-        "last token. Preempted: streams, recomputed + swapped. Again: thousand tokens computed "
-        "once more. Swapped: thousand tokens, out / in."
+        own = [row for row in rows if row["workload"] == workload]
+        cells = {name: _Cell(own, name) for name in dict.fromkeys(map(name_of, own))}
+        shown.add_row(f"[bold]{workload}[/]")
+        for name, cell in cells.items():
+            if cell.answers:
+                base = None if name == "waiting" else cells.get("waiting")
+                shown.add_row(f"  {name}", *cell.texts(base))
+        shown.add_section()
+        lines += [f"[bold]{workload}[/]: {line}" for line in (_sizes(own), *_verdicts(cells))]
+    shown.caption = "\n".join(
+        (
+            "In brackets: how many times better than waiting. Completion: median from arrival to "
+            "the last token.",
+            "Preempted: streams, recomputed + swapped. Again, swapped: thousand tokens computed "
+            "once more, copied out / in.",
+            *lines,
+        )
     )
     return shown
 
@@ -41,18 +54,10 @@ def name_of(row: Row) -> str:
     return str(row["stream_policy"]) + (":hard" if row["invalidation"] == "hard" else "")
 
 
-def _add_block(shown: Table, workload: str, rows: Sequence[Row]) -> None:
-    cells = {name: _Cell(rows, name) for name in dict.fromkeys(map(name_of, rows))}
-    pool = ", ".join(f"{tokens:,}" for tokens in sorted({row["pool_tokens"] for row in rows}))
-    rate = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in rows}))
-    shown.add_row(f"[bold]{workload}[/], {rate} a second, pool {pool}")
-    base = cells.get("waiting")
-    for name, cell in cells.items():
-        if cell.answers:
-            shown.add_row(f"  {name}", *cell.texts(None if name == "waiting" else base))
-    for line in _verdicts(cells):
-        shown.add_row(f"  {line}")
-    shown.add_section()
+def _sizes(rows: Sequence[Row]) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in rows}))
+    pools = ", ".join(f"{tokens:,}" for tokens in sorted({row["pool_tokens"] for row in rows}))
+    return f"{rates} requests a second, a pool of {pools} tokens"
 
 
 def _verdicts(cells: dict[str, _Cell]) -> list[str]:
