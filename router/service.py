@@ -50,6 +50,7 @@ from sglang_stream.messages import Abort, Open, Query, Status, pack_tokens
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
+_GLANCE_S = 1.0
 _TRIES = 4
 
 
@@ -252,14 +253,14 @@ class StreamService:
 
     async def open_of(self, caller: Caller) -> list[Stream]:
         """The caller's open streams as their workers see them now, or as they were last known
-        where a worker does not answer."""
+        where a worker does not answer soon."""
         streams = list(self.streams.open_of(caller))
 
         async def look(stream: Stream) -> None:
             if stream.worker is not None:
-                with suppress(StreamError):
-                    query = Query(stream.id, stream.owner)
-                    _take_counters(stream, await stream.worker.status(query))
+                with suppress(StreamError, asyncio.TimeoutError):
+                    asked = stream.worker.status(Query(stream.id, stream.owner))
+                    _take_counters(stream, await asyncio.wait_for(asked, _GLANCE_S))
 
         await asyncio.gather(*(look(stream) for stream in streams))
         return [stream for stream in streams if stream.state == "open"]

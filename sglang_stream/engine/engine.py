@@ -183,7 +183,7 @@ class StreamEngine:
         if self.table.live:
             raise InvalidRequest("this worker has streams: end them before you change the policy")
         self.scheduling.configure(event.policy, event.preemption, self.scheduling.cost)
-        self.table.configure(event.policy, event.invalidation)
+        self.table.kv.configure(event.policy, event.invalidation)
         self._metrics.use(event.policy)
         return m.Accepted(0, 0)
 
@@ -278,7 +278,7 @@ class StreamEngine:
                 if id(request) in waiting:
                     continue
                 if request.req_pool_idx is not None:
-                    self.table.admitted(stream)
+                    self.table.kv.forget(stream)
                     continue
             self._sealed_at.pop(stream.rid or "", None)
             if request is not None and _was_refused(request) and not stream.aborted:
@@ -340,7 +340,7 @@ class StreamEngine:
     def flush(self) -> None:
         """Before the cache is emptied: open streams keep their tokens and are computed anew."""
         self.scheduling.log_digest()
-        self.table.forget_kv()
+        self.table.kv.forget_kv()
 
     def state(self) -> dict[str, Any]:
         """What a router finds under `internal_states[0]["sglang_stream"]` of the server's info."""
@@ -366,7 +366,7 @@ class StreamEngine:
 
     def _measure(self) -> None:
         self._metrics.open.set(self.table.open_count)
-        self._metrics.held.set(self.table.held_tokens)
+        self._metrics.held.set(self.table.kv.held_tokens)
 
 
 def _was_refused(request: Req) -> bool:

@@ -128,7 +128,7 @@ class Reporter:
             seq=self._seq + 1,
             busy_s=busy_s,
             free_tokens=int(free + scheduler.tree_cache.evictable_size()),
-            held_tokens=self._table.held_tokens,
+            held_tokens=self._table.kv.held_tokens,
             todo_tokens=todo,
             running=len(scheduler.running_batch.reqs),
             queued=len(waiting),

@@ -76,7 +76,7 @@ class Scheduling:
     def learn(self, cost: CostModel) -> None:
         """Plans with these costs from now on."""
         self._planner.cost = cost
-        self._table.learn(cost.prefill)
+        self._table.kv.learn(cost.prefill)
 
     def form_batch(self, original: Any, running_batch: ScheduleBatch) -> Any:
         """The next prefill batch, with the passes that the plan allows."""
@@ -123,12 +123,12 @@ class Scheduling:
 
     def make_room_to_decode(self, batch: ScheduleBatch) -> None:
         """Preempts streams if the next decode step would not fit, before SGLang retracts others."""
-        if not self._table.held_tokens:
+        if not self._table.kv.held_tokens:
             return
         deficit = batch.new_tokens_required_next_decode() - self._free_and_evictable()
         if deficit > 0:
             pool = self._pool_view(batch)
-            self._preempt(self._planner.make_room(self._table.order.views, deficit, pool))
+            self._preempt(self._planner.make_room(self._table.kv.order.views, deficit, pool))
 
     def log_digest(self) -> None:
         """Logs what was decided since the last time: the same on every tensor-parallel rank."""
@@ -147,7 +147,7 @@ class Scheduling:
         for request in queue:
             stream = streams.get(id(request))
             if stream is not None or not hasattr(request, "stream_key"):
-                request.stream_key = self._table.policy(self._full_view(request, stream))
+                request.stream_key = self._table.kv.policy(self._full_view(request, stream))
         if self._orders_requests:
             queue.sort(key=lambda r: r.stream_key)
 
@@ -178,7 +178,7 @@ class Scheduling:
             saved=saved,
             reserve=min(max(left, 0), _CLIP_MAX_NEW) + 2 * self._page,
             since_s=since_s if stream is None else stream.since_s,
-            work_s=table.prefill.work_s(max(0, tokens - ready), ready),
+            work_s=table.kv.prefill.work_s(max(0, tokens - ready), ready),
         )
 
     # --- decide -------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ class Scheduling:
     def _decide(self, running_batch: ScheduleBatch) -> Decision:
         table = self._table
         full = self._full_views(running_batch)
-        if not full and not table.to_compute:
+        if not full and not table.kv.to_compute:
             return Decision()
         decision = self._planner.plan(
-            full, table.order.views, self._pool_view(running_batch), self._budget(running_batch)
+            full, table.kv.order.views, self._pool_view(running_batch), self._budget(running_batch)
         )
         if any(decision):
             self._decisions += 1
@@ -241,7 +241,7 @@ class Scheduling:
             available=free - int(reserve * ratio),
             spare=free - reserve,
             page=self._page,
-            host=self._table.host.capacity,
+            host=self._table.kv.host.capacity,
         )
 
     def _free_and_evictable(self) -> int:
@@ -255,14 +255,14 @@ class Scheduling:
         self._preempt(decision.victims)
         for stream_id in decision.restores:
             started = time.perf_counter()
-            copied = self._table.restore(self._table.live[stream_id])
+            copied = self._table.kv.restore(stream_id)
             if copied and self._learner is not None:
                 self._learner.swap_ins.append((copied, time.perf_counter() - started))
 
     def _preempt(self, victims: list[Victim] | tuple[Victim, ...]) -> None:
         for victim in victims:
             started = time.perf_counter()
-            copied = self._table.preempt(victim)
+            copied = self._table.kv.preempt(victim)
             if copied and self._learner is not None:
                 self._learner.swap_outs.append((copied, time.perf_counter() - started))
 
@@ -272,12 +272,12 @@ class Scheduling:
         for chosen in decision.passes:
             stream = table.live[chosen.id]
             if stream.hold is None:
-                table.hold_cached(stream)
+                table.kv.hold(stream)
                 if stream.held >= stream.cacheable(self._page):
                     continue
             self._passes_built += 1
             request = build_pass(self._scheduler, stream, chosen.tokens, self._passes_built)
-            request.stream_key = table.policy(stream.view(self._page, table.prefill))
+            request.stream_key = table.kv.policy(stream.view(self._page, table.kv.prefill))
             passes.append(request)
         return passes
 
@@ -310,7 +310,7 @@ class Scheduling:
     def _started(self, batch: ScheduleBatch | None) -> None:
         tickets = [t for r in batch.reqs if (t := ticket_of(r))] if batch is not None else []
         for ticket in tickets:
-            self._table.started(ticket.stream)
+            self._table.kv.started(ticket.stream)
         self.running_passes += len(tickets)
         self._decode_is_due = (
             bool(tickets) and batch is not None and len(tickets) == len(batch.reqs)

@@ -35,7 +35,7 @@ class Usage:
 class Stream:
     """One stream. `epoch`, `owner`, `namespace`, `memo`: see `messages.Open`; `ends`: the prompt's
     length after each chunk of an append stream, after the latest update of another. `in_flight`:
-    a pass of it is in the forward now; `preempted`: its KV was taken and no event came since;
+    a pass of it is in the forward now; `preempted`: its KV was taken and no chunk came since;
     `saved`: the prefix that a copy in host memory ends; `reach`: the prefix that has been computed
     once. `latest`, `since_s`, `due_s`: see `policy.View`; `last_chunk_s`, `gaps_s`: when the last
     chunk came, and the time between all of them. `rid`, `request`: SGLang's request once it is

@@ -1,4 +1,4 @@
-"""The streams of one scheduler: their tokens, sequence, counters and held KV.
+"""The streams of one scheduler: their tokens, sequence and counters; `kv`: what they hold.
 
 Every tensor-parallel rank keeps the same table, because every rank handles the same events in the
 same order; the only clock is the time that the events carry.
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from sglang_stream import messages as m
-from sglang_stream.engine.cache import Hold, Holder
+from sglang_stream.engine.cache import Holder
+from sglang_stream.engine.holdings import Holdings
 from sglang_stream.engine.host import HostMemory
 from sglang_stream.engine.metrics import EngineMetrics
 from sglang_stream.engine.stream import Stream
@@ -24,12 +25,11 @@ from sglang_stream.errors import (
     StreamNotFound,
     StreamSealed,
 )
-from sglang_stream.policy import POLICIES, Order, Policy, Prefill, SealPredictor, Victim
+from sglang_stream.policy import SealPredictor
 from sglang_stream.policy.types import Invalidation, PolicyName
 from sglang_stream.session import Session, Verdict
 
 _REMEMBERED = 4096  # finished streams whose state can still be asked for
-_UNKNOWN = Prefill(0.0, 1e-4, 0.0)  # until the machine's own is known; orders by tokens
 
 
 @dataclass(frozen=True)
@@ -55,39 +55,21 @@ class StreamTable:
         host: HostMemory | None = None,
         page_size: int = 1,
     ) -> None:
-        self._cache = cache
         self._limits = limits
         self._metrics = metrics
-        self._page = page_size
         self._arrivals = 0
         self._predictor = SealPredictor()
-        self.configure(policy, invalidation)
-        self.host = host or HostMemory(0)
-        self.prefill = _UNKNOWN
+        self.kv = Holdings(cache, metrics, policy, invalidation, host or HostMemory(0), page_size)
         self.now = 0.0
         self.live: dict[str, Stream] = {}
-        self.to_compute: set[str] = set()
         self._dues: list[tuple[float, str]] = []
         self.open_count = 0
-        self.held_tokens = 0
         self._finished: OrderedDict[str, tuple[bytes, m.Status]] = OrderedDict()
-
-    def configure(self, policy: PolicyName, invalidation: Invalidation) -> None:
-        """Ranks and invalidates so from now on; only while there are no streams."""
-        self.policy: Policy = POLICIES[policy]
-        self.order = Order(self.policy)
-        self._invalidation: Invalidation = invalidation
 
     def arrive(self) -> int:
         """The next place in the order of arrival, of streams, chunks and requests alike."""
         self._arrivals += 1
         return self._arrivals
-
-    def learn(self, prefill: Prefill) -> None:
-        """Takes new costs, by which streams are ranked anew."""
-        self.prefill = prefill
-        for stream_id in [view.id for view in self.order.views]:
-            self._rank(self.live[stream_id])
 
     def next_due_s(self) -> float | None:
         """When the next seal is predicted; None if none is. A prediction that has not come true
@@ -136,7 +118,7 @@ class StreamTable:
             usage=stream.usage.freeze(),
             held=stream.held,
             saved=stream.saved,
-            place=self.order.place(stream_id),
+            place=self.kv.order.place(stream_id),
         )
 
     def open(self, event: m.Open, now: float) -> m.Accepted:
@@ -174,7 +156,7 @@ class StreamTable:
         self.live[event.stream_id] = stream
         self.open_count += 1
         self._predict(stream)
-        self.hold_cached(stream)
+        self.kv.hold(stream)
         return m.Accepted(0, len(opening))
 
     def append(self, event: m.Append, now: float) -> m.Accepted:
@@ -184,14 +166,14 @@ class StreamTable:
         self._note(verdict)
         if verdict is Verdict.APPLY:
             tokens = self._unpack(event.tokens, before=len(stream.tokens))
-            was_ready = self._is_ready(stream)
+            was_ready = self.kv.is_ready(stream)
             stream.tokens.extend(tokens)
             stream.ends[event.seq] = len(stream.tokens)
             stream.session.record(event.seq, event.digest)
             stream.usage.chunks += 1
             self._metrics.chunks.inc()
             self._arrived(stream, now, was_ready)
-            self.hold_cached(stream)
+            self.kv.hold(stream)
         return m.Accepted(event.seq, len(stream.tokens))
 
     def update(self, event: m.Update, now: float) -> m.Accepted:
@@ -235,8 +217,7 @@ class StreamTable:
 
     def drop(self, stream: Stream) -> None:
         """Forgets a stream that was aborted, has expired or has moved to another worker."""
-        self.release(stream)
-        self._forget(stream)
+        self.kv.forget(stream)
         if stream.session.state == "open":
             self.open_count -= 1
         stream.session.abort()
@@ -250,7 +231,7 @@ class StreamTable:
         self.open_count -= 1
         self._predictor.sealed(stream.usage.chunks + stream.usage.updates)
         stream.since_s = self.now
-        self._rank(stream)
+        self.kv.rank(stream)
         return stream.tokens
 
     def reopen(self, stream: Stream) -> None:
@@ -259,80 +240,17 @@ class StreamTable:
         stream.rid = stream.request = None
         stream.usage.ready_tokens = 0
         self.open_count += 1
-        self.hold_cached(stream)
+        self.kv.hold(stream)
 
     def finish(self, stream: Stream) -> None:
         """Ends a sealed stream whose generation is over; its state can be asked for a while."""
-        self.admitted(stream)
+        self.kv.forget(stream)
         stream.session.finish()
         stream_id = stream.session.stream_id
         self._finished[stream_id] = stream.owner, self.status(stream_id)
         del self.live[stream_id]
         while len(self._finished) > _REMEMBERED:
             self._finished.popitem(last=False)
-
-    def admitted(self, stream: Stream) -> None:
-        """A sealed stream's request has its own lock now: neither hold nor copy are wanted."""
-        self.release(stream)
-        self._forget(stream)
-
-    def release(self, stream: Stream) -> None:
-        """Unlocks a stream's KV, which stays cached until it is evicted."""
-        self.held_tokens -= stream.held
-        self._cache.release(stream.hold)
-        stream.hold = None
-
-    def preempt(self, victim: Victim) -> int:
-        """Unlocks a victim's KV, after copying it to host memory if so planned; what is not evicted
-        is found again by its next pass. Returns the tokens that were copied."""
-        stream = self.live[victim.id]
-        copied = self._save(stream) if victim.swap else 0
-        (self._metrics.swaps if copied else self._metrics.recomputes).inc()
-        stream.usage.preemptions += 1
-        self.release(stream)
-        stream.preempted = True
-        self._rank(stream)
-        return copied
-
-    def restore(self, stream: Stream) -> int:
-        """Brings a stream's KV back from host memory, as far as there is room. Returns the tokens
-        that were copied."""
-        copy = self.host.get(stream.session.stream_id)
-        if copy is None:
-            return 0
-        self.held_tokens -= stream.held
-        stream.hold, restored = self._cache.bring_back(
-            stream.tokens, stream.namespace, copy, stream.hold
-        )
-        self.held_tokens += stream.held
-        if stream.held >= copy.length:
-            self._drop_copy(stream)
-        self._rank(stream)
-        self._metrics.restored.inc(restored)
-        return restored
-
-    def started(self, stream: Stream) -> None:
-        """One of its passes is in the forward now."""
-        stream.in_flight = True
-        self._rank(stream)
-
-    def hold_cached(self, stream: Stream) -> int:
-        """Holds all that the tree has of the prompt, also what another stream computed. Returns
-        the tokens of it that an update had left behind."""
-        self.held_tokens -= stream.held
-        stream.hold = self._cache.take(stream.tokens, stream.namespace, stream.hold)
-        self.held_tokens += stream.held
-        self._rank(stream)
-        return stream.hold.found if stream.hold is not None else 0
-
-    def forget_kv(self) -> None:
-        """Unlocks everything, before the cache is flushed; open streams are computed anew."""
-        for stream in self.live.values():
-            self.release(stream)
-            self._drop_copy(stream)
-            stream.reach = 0
-            if stream.session.state == "open":
-                self._rank(stream)
 
     def expired(self, now: float) -> list[str]:
         """Ids of the open streams without an event for their idle time-out."""
@@ -354,41 +272,19 @@ class StreamTable:
         stream.usage.recomputed_tokens += again
         self._metrics.recomputed.inc(again)
         stream.reach = max(stream.reach, min(len(ids), lcp))
-        done = self._cache.take(ids, stream.namespace)
-        if self.live.get(stream.session.stream_id) is stream:
-            self.hold_cached(stream)
-        self._cache.release(done)
+        self.kv.computed(stream, ids, fits=lcp)
         if lcp < len(ids):
             self._invalidated(stream, len(ids) - max(lcp, start))
-            if done is not None:
-                self._end_branch(done, stream)
 
     def _replace(self, stream: Stream, tokens: array[int], lcp: int, now: float) -> None:
-        """Puts an update's prompt in. What of the dead branch others share stays as it is."""
-        was_ready = self._is_ready(stream)
-        old, stream.tokens = stream.hold, tokens
-        stream.reach = min(stream.reach, lcp)
-        if stream.saved > lcp:
-            self._drop_copy(stream)
+        """Puts an update's prompt in."""
+        was_ready = self.kv.is_ready(stream)
         stream.usage.updates += 1
         stream.usage.lcp_tokens += lcp
         self._arrived(stream, now, was_ready)
-        self._metrics.found_again.inc(self.hold_cached(stream))
-        if old is not None and old.length > lcp:
-            self._invalidated(stream, old.length - lcp)
-            self._end_branch(old, stream)
+        self._invalidated(stream, self.kv.replace(stream, tokens, lcp))
         self._metrics.chunks.inc()
         self._metrics.lcp.observe(lcp)
-
-    def _end_branch(self, dead: Hold, stream: Stream) -> None:
-        """Frees what only the dead branch needs, or makes it the first to be evicted."""
-        if self._invalidation == "soft":
-            self._cache.leave(dead.node, stream.hold)
-        else:
-            self._cache.prune(dead.node, stream.hold)
-
-    def _is_ready(self, stream: Stream) -> bool:
-        return max(stream.held, stream.saved) >= stream.cacheable(self._page)
 
     def _arrived(self, stream: Stream, now: float, was_ready: bool) -> None:
         """Notes when a chunk or an update came, and when the seal is to be expected. `was_ready`:
@@ -399,6 +295,7 @@ class StreamTable:
             self._predictor.gap(gap)
         if was_ready:
             stream.since_s = now
+        stream.preempted = False
         stream.last_chunk_s = now
         stream.latest = self.arrive()
         self._predict(stream)
@@ -407,36 +304,6 @@ class StreamTable:
         chunks = stream.usage.chunks + stream.usage.updates
         stream.due_s = self._predictor.due_s(chunks, stream.last_chunk_s, stream.gaps_s)
         heappush(self._dues, (stream.due_s, stream.session.stream_id))
-
-    def _save(self, stream: Stream) -> int:
-        """Copies a stream's KV to host memory; returns the tokens."""
-        copy = self._cache.copy_out(stream.hold) if stream.hold is not None else None
-        if copy is None or copy.length > self.host.capacity:
-            return 0
-        for dropped in self.host.put(stream.session.stream_id, copy):
-            other = self.live[dropped]
-            other.saved = 0
-            self._rank(other)
-        stream.saved = copy.length
-        self._metrics.swapped.inc(copy.length)
-        return copy.length
-
-    def _drop_copy(self, stream: Stream) -> None:
-        self.host.drop(stream.session.stream_id)
-        stream.saved = 0
-
-    def _forget(self, stream: Stream) -> None:
-        self._drop_copy(stream)
-        self.order.drop(stream.session.stream_id)
-        self.to_compute.discard(stream.session.stream_id)
-
-    def _rank(self, stream: Stream) -> None:
-        view = stream.view(self._page, self.prefill)
-        self.order.put(view)
-        if view.missing and not view.full and not view.busy:
-            self.to_compute.add(view.id)
-        else:
-            self.to_compute.discard(view.id)
 
     def _invalidated(self, stream: Stream, tokens: int) -> None:
         stream.usage.invalidated_tokens += tokens
@@ -449,7 +316,6 @@ class StreamTable:
     def _touch(self, stream_id: str, now: float) -> Stream:
         stream = self.get(stream_id)
         stream.last_event_s = now
-        stream.preempted = False
         return stream
 
     def _unpack(self, raw: bytes, before: int) -> array[int]:

@@ -29,7 +29,7 @@ _SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], 
 def own_series() -> frozenset[str]:
     """The names of all series of our own that a worker or a router can have."""
     registry = CollectorRegistry()
-    EngineMetrics(registry)
+    EngineMetrics(registry=registry)
     pages = (generate_latest(registry), RouterMetrics().page())
     return frozenset(
         family.name.removesuffix("_total") + suffix

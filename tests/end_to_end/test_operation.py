@@ -21,6 +21,19 @@ def test_workers(server: Server) -> None:
     assert worker["url"].startswith("http://127.0.0.1:")
 
 
+def test_the_open_streams_with_what_each_holds(server: Server) -> None:
+    server.flush()
+    first, second = (server.open(input_ids=ids(name, 90)) for name in ("held 1", "held 2"))
+    for stream in (first, second):
+        server.computed(stream, 90)
+    listed = {s["id"]: s for s in server.open_streams()}
+    assert set(listed) == {first, second}
+    for place, stream in enumerate((first, second)):
+        state = listed[stream]
+        assert (state["status"], state["priority"]) == ("open", place)
+        assert (state["held_tokens"], state["swapped_tokens"]) == (90, 0)
+
+
 def test_a_frozen_scheduler_does_not_stop_the_router(server: Server) -> None:
     """The router answers for itself, and what waited is done afterwards."""
     stream = server.open(input_ids=ids("frozen", 30))

@@ -101,7 +101,7 @@ class Rig:
         ids = ids[: len(ids) - len(ids) % self.page_size]
         match = self.cache.match_prefix(MatchPrefixParams(key=RadixKey(ids)))
         self.cache.inc_lock_ref(match.last_device_node)
-        self.table.started(stream)
+        self.table.kv.started(stream)
         return stream, ids, len(match.device_indices), match
 
     def end(self, started: tuple[Stream, array[int], int, object]) -> None:
@@ -123,23 +123,23 @@ class Rig:
         cache, allocator = self.cache, self.allocator
         total = allocator.available_size() + cache.evictable_size() + cache.protected_size()
         assert total == POOL
-        assert self.table.held_tokens == sum(s.held for s in self.table.live.values())
+        assert self.table.kv.held_tokens == sum(s.held for s in self.table.live.values())
         for stream in self.table.live.values():
             match = cache.match_prefix(MatchPrefixParams(key=RadixKey(stream.tokens)))
             held = self.content[match.device_indices[: stream.held]].tolist()
             assert held == list(stream.tokens[: stream.held])
-            copy = self.table.host.get(stream.session.stream_id)
+            copy = self.table.kv.host.get(stream.session.stream_id)
             assert stream.saved == (copy.length if copy is not None else 0)
             assert stream.saved <= len(stream.tokens)
-        assert self.table.host.tokens <= self.table.host.capacity
+        assert self.table.kv.host.tokens <= self.table.kv.host.capacity
         views = {
-            s.session.stream_id: s.view(self.page_size, self.table.prefill)
+            s.session.stream_id: s.view(self.page_size, self.table.kv.prefill)
             for s in self.table.live.values()
         }
-        assert {v.id: v for v in self.table.order.views} == views
+        assert {v.id: v for v in self.table.kv.order.views} == views
 
     def preempt(self, name: str, *, swap: bool = False) -> None:
-        self.table.preempt(Victim(name, swap))
+        self.table.kv.preempt(Victim(name, swap))
 
 
 def test_a_pass_is_held_and_an_update_frees_what_lies_beyond_the_prefix() -> None:
@@ -207,7 +207,7 @@ def test_a_generation_that_ends_during_the_last_pass_leaves_nothing_locked() -> 
     rig.table.finish(stream)
     rig.end(started)
     assert rig.cache.protected_size() == 0
-    assert (rig.table.open_count, rig.table.held_tokens) == (0, 0)
+    assert (rig.table.open_count, rig.table.kv.held_tokens) == (0, 0)
     rig.check()
 
 
@@ -220,7 +220,7 @@ def test_a_preempted_stream_finds_again_what_was_not_evicted() -> None:
     rig.preempt("a")
     assert rig.cache.protected_size() == 0
     rig.cache.evict(EvictParams(num_tokens=50))
-    rig.table.hold_cached(stream)
+    rig.table.kv.hold(stream)
     assert stream.held == 100
     rig.check()
 
@@ -232,14 +232,14 @@ def test_a_dead_branch_is_found_again_unless_it_was_evicted_and_goes_first() -> 
     rig.compute(other)
     rig.update("a", 1, range(100))
     rig.compute(stream)
-    rig.table.release(other)  # what is evicted in the end, older than the dead branch
+    rig.preempt("other")  # what is evicted in the end, older than the dead branch
     rig.update("a", 2, [*range(40), *range(500, 520)])
     rig.compute(stream)
     assert stream.held == 60
     rig.cache.evict(EvictParams(num_tokens=20))
     rig.update("a", 3, range(100))
     assert stream.held == 40, "the whole branch was one node, evicted before what is older"
-    assert rig.table.hold_cached(other) == 0
+    assert rig.table.kv.hold(other) == 0
     assert other.held == 50
     rig.compute(stream)
     rig.update("a", 4, range(30))
@@ -264,7 +264,7 @@ def test_what_was_found_again_is_no_longer_the_first_to_go() -> None:
     rig.preempt("a")
     rig.preempt("late")
     rig.cache.evict(EvictParams(num_tokens=60))
-    assert [rig.table.hold_cached(s) for s in (stream, late)] == [0, 0]
+    assert [rig.table.kv.hold(s) for s in (stream, late)] == [0, 0]
     assert (stream.held, late.held) == (40, 100), "the least recently used goes"
     rig.check()
 
@@ -281,7 +281,7 @@ def test_a_swapped_stream_comes_back_as_it_was(evicted: int) -> None:
     rig.cache.evict(EvictParams(num_tokens=evicted))
     rig.append("a", 3, range(140, 150))
     rig.check()
-    rig.table.restore(stream)
+    rig.table.kv.restore(stream.session.stream_id)
     assert (stream.held, stream.saved) == (140, 0)
     rig.check()
 
@@ -300,7 +300,7 @@ def test_the_oldest_copy_gives_way_and_an_update_ends_the_copy() -> None:
     rig.update("c", 2, range(ord("c"), ord("c") + 120))
     assert rig.table.live["c"].saved == 100
     rig.table.drop(rig.table.live["c"])
-    assert rig.table.host.tokens == 0
+    assert rig.table.kv.host.tokens == 0
     rig.check()
 
 
@@ -312,10 +312,10 @@ def test_without_room_a_copy_stays_in_host_memory() -> None:
     rig.preempt("a", swap=True)
     rig.cache.evict(EvictParams(num_tokens=POOL))
     rest = rig.allocator.alloc(POOL - 60)
-    assert rig.table.restore(stream) == 0
+    assert rig.table.kv.restore(stream.session.stream_id) == 0
     assert (stream.held, stream.saved) == (0, 100)
     rig.allocator.free(rest)
-    assert rig.table.restore(stream) == 100
+    assert rig.table.kv.restore(stream.session.stream_id) == 100
     rig.check()
 
 
@@ -439,7 +439,7 @@ def test_any_sequence_of_events_keeps_tree_and_pool_consistent(
             case "preempt" | "swap" if not stream.in_flight:
                 rig.preempt(name, swap=action == "swap")
             case "restore":
-                rig.table.restore(stream)
+                rig.table.kv.restore(stream.session.stream_id)
             case "evict":
                 rig.cache.evict(EvictParams(num_tokens=40))
             case "drop":
