@@ -21,12 +21,12 @@ _PACKAGES = ("sglang-stream", "sglang", "torch", "numpy")
 
 
 class RowFile:
-    """A new file of rows. Raises InvalidRequest if it cannot be written."""
+    """A file of rows, new or to be added to. Raises InvalidRequest if it cannot be written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, append: bool = False) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
+            path.open("a" if append else "w").close()
         except OSError as e:
             raise InvalidRequest(f"--out {path}: {e.strerror}", param="--out") from e
         self.path = path

@@ -2,73 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime, timezone
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from experiments import display
-from experiments.bench import added, apart, attention, chat, lcp, rates, router, traffic, ttft
+from experiments.bench import added, pressure, ttft
+from experiments.bench.loads import LOADS
+from experiments.bench.parts import MEASURES, Part, Settings, tables
 from experiments.bench.rows import Row, RowFile, manifest, read_rows
-from experiments.server import (
-    default_model,
-    running_server,
-    running_sglang,
-    running_sglang_router,
-)
-from sglang_stream.errors import EngineFailure, InvalidRequest
-
-_APART = ("--decode-workers", "1")
-# The worker looks for chunks between two passes: short ones, or it is what limits their number.
-_SHORT_PASSES = ("--stream-pass-tokens", "32")
-
-Add = Callable[[Row], None]
-
-
-class Part(str, Enum):
-    """The measurements, in the order in which they run."""
-
-    TTFT = "ttft"
-    APART = "apart"
-    ROUTER = "router"
-    TRAFFIC = "traffic"
-    LCP = "lcp"
-    ATTENTION = "attention"
-
-
-TABLES: dict[Part, Callable[[Sequence[Row]], Table]] = {
-    Part.TTFT: ttft.table,
-    Part.APART: apart.table,
-    Part.ROUTER: router.table,
-    Part.TRAFFIC: traffic.table,
-    Part.LCP: lcp.table,
-    Part.ATTENTION: attention.table,
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure. `own_model`: the user chose it, so nothing is assumed of it."""
-
-    model_path: str
-    own_model: bool
-    flags: list[str]
-    sizes: list[int]
-    apart_sizes: list[int]
-    streams: list[int]
-    repeats: int
-    pairs: int
-    rounds: int
-    seed: int
+from experiments.server import default_model
+from sglang_stream.errors import InvalidRequest
 
 
 def main(args: list[str]) -> int:
@@ -112,6 +61,30 @@ def bench(
     rounds: Annotated[
         int, typer.Option(min=1, help="traffic: rounds of each server; router: of chunks.")
     ] = 10,
+    idle_pairs: Annotated[
+        int, typer.Option(min=1, help="pinning: times with idle streams, and without.")
+    ] = 20,
+    loads: Annotated[str, typer.Option(help="pressure: which, with commas between.")] = ",".join(
+        LOADS
+    ),
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="pressure: waiting and policies, with commas between; of a load with updates "
+            "also with hard invalidation, as srpf:hard."
+        ),
+    ] = pressure.POLICIES,
+    requests: Annotated[
+        int, typer.Option(min=1, help="pressure: requests under each policy.")
+    ] = pressure.REQUESTS,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="pressure: requests a second.",
+            show_default="three quarters of what two CPU cores compute",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of all prompts.")] = 0,
     out: Annotated[
         Path | None,
@@ -119,6 +92,9 @@ def bench(
             help="Keep the rows here, as JSON lines.", show_default=".cache/bench/<time>.jsonl"
         ),
     ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the rows to what is in the file.")
+    ] = False,
     show: Annotated[
         Path | None, typer.Option(help="Measure nothing: print the tables of such a file.")
     ] = None,
@@ -137,6 +113,13 @@ def bench(
 
     [bold]traffic[/]: ordinary requests with stream support and without.
 
+    [bold]pinning[/]: ordinary requests beside idle streams that hold the KV pool.
+
+    [bold]pressure[/]: many streams, little memory: a crawler-like and an ANN-like
+    load under each policy, against waiting.
+
+    [bold]planning[/]: what ordering and planning take with up to 5,000 streams.
+
     [bold]lcp[/]: the common prefix of two long prompts.
 
     [bold]attention[/]: the CPU platform's own against SGLang's (small model only).
@@ -152,7 +135,8 @@ def bench(
     chosen = [part for part in Part if part in (parts or Part)]
     lengths, apart_lengths = _lengths(sizes, "--sizes"), _lengths(apart_sizes, "--apart-sizes")
     counts = _numbers(streams, 1, "--streams")
-    file = RowFile(out or _default_file())
+    cells = pressure.cells_of(loads, policies)
+    file = RowFile(out or _default_file(), append=append)
     model = model_path or default_model()
     flags = [*([] if model_path else ["--dtype", "float32"]), *shlex.split(sglang_flags)]
     settings = Settings(
@@ -165,6 +149,10 @@ def bench(
         repeats,
         pairs,
         rounds,
+        idle_pairs,
+        cells,
+        requests,
+        rate,
         seed,
     )
     file.add(manifest(model, flags, seed))
@@ -176,155 +164,12 @@ def bench(
             file.add(row)
 
         with display.progress() as progress:
-            _MEASURES[part](settings, progress, add)
-        _print_tables(console, rows)
+            MEASURES[part](settings, progress, add)
+        if not append:
+            _print_tables(console, rows)
+    if append:
+        _print_tables(console, read_rows(file.path))
     console.print(f"The rows are in {file.path}", soft_wrap=True)
-
-
-def _measure_ttft(settings: Settings, progress: Progress, add: Add) -> None:
-    step = progress.add_task("starting the server", total=None)
-    flags = ["--enable-cache-report", *settings.flags]
-    with running_server(settings.model_path, flags) as url:
-        progress.update(step, description="measuring prefills")
-
-        def plan(seconds: float) -> None:
-            progress.reset(step, description="time to first token", total=seconds)
-
-        asyncio.run(
-            ttft.measure(
-                url,
-                settings.sizes,
-                settings.repeats,
-                settings.seed,
-                add,
-                plan,
-                lambda seconds: progress.advance(step, seconds),
-            )
-        )
-        progress.update(step, description="stopping the server")
-
-
-def _measure_apart(settings: Settings, progress: Progress, add: Add) -> None:
-    step = progress.add_task("starting three workers", total=None)
-    flags = [*_APART, "--prefill-workers", "2", "--enable-cache-report", *settings.flags]
-    with running_server(settings.model_path, flags) as url:
-        progress.update(step, description="measuring prefills")
-
-        def plan(seconds: float) -> None:
-            progress.reset(step, description="workers apart", total=seconds)
-
-        asyncio.run(
-            apart.measure(
-                url,
-                settings.apart_sizes,
-                settings.streams,
-                settings.repeats,
-                settings.seed,
-                add,
-                plan,
-                lambda seconds: progress.advance(step, seconds),
-            )
-        )
-        progress.update(step, description="stopping three workers")
-
-
-def _measure_router(settings: Settings, progress: Progress, add: Add) -> None:
-    _measure_calls(settings, progress, add)
-    if chat.has_sglang_router():
-        _measure_chat(settings, progress, add)
-    else:
-        add({"bench": "router", "what": "chat", "absent": True})
-
-
-def _measure_calls(settings: Settings, progress: Progress, add: Add) -> None:
-    step = progress.add_task("starting the server", total=None)
-    flags = [*_SHORT_PASSES, *settings.flags]
-    with running_server(settings.model_path, flags) as url:
-
-        def advance() -> None:
-            progress.advance(step)
-
-        [worker] = chat.workers_of(url)
-        progress.reset(step, description="what the router adds", total=2 * settings.pairs)
-        added.measure(url, worker.url, settings.pairs, settings.seed, add, advance)
-        total = len(rates.FORMS) * (settings.rounds + 1)
-        progress.reset(step, description="chunks a second", total=total)
-        asyncio.run(rates.measure(url, settings.rounds, settings.seed, add, advance))
-        progress.update(step, description="stopping the server")
-
-
-def _measure_chat(settings: Settings, progress: Progress, add: Add) -> None:
-    step = progress.add_task("starting two workers", total=None)
-    flags = [*_APART, "--prefill-workers", "1", *settings.flags]
-    with (
-        running_server(settings.model_path, flags) as url,
-        running_sglang_router(chat.workers_of(url)) as other,
-    ):
-        progress.reset(step, description="chat completions", total=settings.pairs)
-        chat.measure(
-            {"router": url, "sglang-router": other},
-            settings.pairs,
-            settings.seed,
-            add,
-            lambda: progress.advance(step),
-        )
-        progress.update(step, description="stopping two workers")
-
-
-def _measure_traffic(settings: Settings, progress: Progress, add: Add) -> None:
-    step = progress.add_task("starting two servers", total=None)
-    flags = ["--sleep-on-idle", *settings.flags]
-    with (
-        running_sglang(settings.model_path, flags, streams=False) as plain,
-        running_sglang(settings.model_path, flags, streams=True) as streams,
-    ):
-        progress.reset(step, description="ordinary traffic", total=2 * (settings.rounds + 1))
-        asyncio.run(
-            traffic.measure(
-                {"plain": plain, "streams": streams},
-                settings.rounds,
-                settings.seed,
-                add,
-                lambda: progress.advance(step),
-            )
-        )
-        progress.update(step, description="stopping two servers")
-
-
-def _measure_lcp(settings: Settings, progress: Progress, add: Add) -> None:
-    progress.add_task("common prefix", total=None)
-    for row in lcp.measure():
-        add(row)
-
-
-def _measure_attention(settings: Settings, progress: Progress, add: Add) -> None:
-    if settings.own_model:
-        return
-    progress.add_task("attention: some minutes", total=None)
-    try:
-        rows = attention.run(settings.model_path)
-    except RuntimeError as e:
-        raise EngineFailure(str(e)) from e
-    for row in rows:
-        add({"bench": "attention", **row})
-
-
-_MEASURES: dict[Part, Callable[[Settings, Progress, Add], None]] = {
-    Part.TTFT: _measure_ttft,
-    Part.APART: _measure_apart,
-    Part.ROUTER: _measure_router,
-    Part.TRAFFIC: _measure_traffic,
-    Part.LCP: _measure_lcp,
-    Part.ATTENTION: _measure_attention,
-}
-
-
-def tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """The tables of a file's rows."""
-    for part, table in TABLES.items():
-        own = [row for row in rows if row.get("bench") == part.value]
-        if own:
-            yield table(own)
 
 
 def _print_tables(console: Console, rows: Sequence[Row]) -> None:

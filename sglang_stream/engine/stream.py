@@ -79,18 +79,21 @@ class Stream:
         """How the planner sees it."""
         full = self.session.state == "sealed"
         tokens = len(self.tokens) if full else self.cacheable(page_size)
-        ready = max(self.held, self.saved)
+        held, saved = self.held, self.saved
+        ready = held if held > saved else saved
+        # Made at every change: by place, in the order of `View`, takes half the time of names.
         return View(
-            id=self.session.stream_id,
-            arrival=self.arrival,
-            tokens=tokens,
-            held=self.held,
-            full=full,
-            latest=self.latest,
-            saved=self.saved,
-            busy=self.in_flight,
-            parked=self.preempted,
-            since_s=self.since_s,
-            work_s=prefill.work_s(tokens - ready, ready) if tokens > ready else 0.0,
-            due_s=self.due_s,
+            self.session.stream_id,
+            self.arrival,
+            tokens,
+            held,
+            full,
+            self.latest,
+            saved,
+            0,  # what it may decode is known of requests only
+            self.in_flight,
+            self.preempted,
+            self.since_s,
+            prefill.work_s(tokens - ready, ready) if tokens > ready else 0.0,
+            self.due_s,
         )

@@ -22,6 +22,13 @@ that waits since `since_s` is overtaken only by work that came before `since_s +
 """
 
 
+def _group(view: View) -> int:
+    """Full requests, then open streams that have something to compute, then the others."""
+    if view.full:
+        return 0
+    return 1 if view.missing else 2
+
+
 def default(view: View) -> Key:
     """By arrival, full or not: the place of a stream's opening counts."""
     return (view.arrival,)
@@ -29,24 +36,23 @@ def default(view: View) -> Key:
 
 def fcfs(view: View) -> Key:
     """Full requests first, then open streams that have something to compute; each by arrival."""
-    return (not view.full, not view.full and not view.missing, view.arrival)
+    return (_group(view), view.arrival)
 
 
 def lcas(view: View) -> Key:
     """As `fcfs`, each group by the arrival of the last chunk."""
-    return (not view.full, not view.full and not view.missing, view.latest, view.arrival)
+    return (_group(view), view.latest, view.arrival)
 
 
 def mcps(view: View) -> Key:
     """Full or not, the most computed tokens first, then by arrival."""
-    return (not view.full and not view.missing, -view.ready, view.arrival)
+    return (_group(view) == 2, -view.ready, view.arrival)
 
 
 def srpf(view: View) -> Key:
     """Full requests first, then open streams that have something to compute; in each group the
     shortest remaining prefill first, with ageing so that nobody starves."""
-    idle = not view.full and not view.missing
-    return (not view.full, idle, view.work_s + AGEING * view.since_s, view.arrival)
+    return (_group(view), view.work_s + AGEING * view.since_s, view.arrival)
 
 
 def slack(view: View) -> Key:
@@ -54,7 +60,7 @@ def slack(view: View) -> Key:
     to be done at the predicted seal."""
     if view.full:
         return srpf(view)
-    return (True, not view.missing, view.due_s - view.work_s, view.arrival)
+    return (_group(view), view.due_s - view.work_s, view.arrival)
 
 
 POLICIES: dict[PolicyName, Policy] = {

@@ -54,12 +54,14 @@ class View(NamedTuple):
     @property
     def ready(self) -> int:
         """The prefix that need not be computed."""
-        return max(self.held, self.saved)
+        return self.held if self.held > self.saved else self.saved
 
     @property
     def missing(self) -> int:
         """Tokens to compute."""
-        return max(0, self.tokens - max(self.held, self.saved))
+        # Asked for at every change of every stream: `max` would double its time.
+        ready = self.held if self.held > self.saved else self.saved
+        return self.tokens - ready if self.tokens > ready else 0
 
     @property
     def restore(self) -> int:
