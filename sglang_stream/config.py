@@ -34,7 +34,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `host`, `port`: where the socket for chunk events is bound; port 0 takes a free one (a router
     finds it through the worker's `/get_server_info`). `max_streams`: open at once.
     `pass_tokens`: the most tokens of open streams computed in one iteration.
-    `pass_ms`: how long an iteration may be predicted to take for it to have passes. `cost`: the
+    `pass_ms`: how long an iteration with passes may be predicted to take; None for 50, or ten times
+    what an iteration costs without any token where that is longer. `cost`: the
     machine's costs; None to learn the prefill's from the passes, in which case `auto` preemption
     never swaps. `policy`, `preemption`, `invalidation`: see `policy.types`. `host_memory_gb`: for
     copies of preempted streams' KV, GiB of each tensor-parallel rank. `max_prompt_tokens`: of one
@@ -49,7 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_prompt_tokens: int | None = None
     policy: PolicyName = "fcfs"
     pass_tokens: int = 2048
-    pass_ms: float = 50.0
+    pass_ms: float | None = None
     preemption: Preemption = "auto"
     host_memory_gb: float = 4.0
     invalidation: Invalidation = "soft"

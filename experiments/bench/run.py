@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments import display
 from experiments.bench import added, pressure, ttft
 from experiments.bench.loads import LOADS
 from experiments.bench.parts import MEASURES, Part, Settings, tables
 from experiments.bench.rows import Row, RowFile, manifest, read_rows
 from experiments.server import default_model
 from sglang_stream.errors import InvalidRequest
-
-_TABLE_WIDTH = 120
 
 
 def main(args: list[str]) -> int:
@@ -131,7 +128,7 @@ def bench(
 
       sglang-stream bench ttft --sizes 2048 --repeats 3
     """
-    console = _console()
+    console = display.console()
     if show is not None:
         _print_tables(console, read_rows(show))
         return
@@ -166,7 +163,7 @@ def bench(
             rows.append(row)
             file.add(row)
 
-        with _progress() as progress:
+        with display.progress() as progress:
             MEASURES[part](settings, progress, add)
         if not append:
             _print_tables(console, rows)
@@ -204,25 +201,3 @@ def _numbers(text: str, unit: int, param: str) -> list[int]:
 
 def _default_file() -> Path:
     return Path(".cache/bench") / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.jsonl"
-
-
-def _console() -> Console:
-    """Tables keep their shape where the output is a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_TABLE_WIDTH)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    # Drawn rarely: the display must not take time from what is measured.
-    with Progress(
-        *columns, console=Console(stderr=True), refresh_per_second=2, transient=True
-    ) as progress:
-        yield progress

@@ -4,8 +4,8 @@ A row tells by `what` of which kind it is, and by `repeat` of which measurement 
 
     worker     dtype, kv_tokens, kv_bytes_per_token
     prefill    new, cached, seconds          one forward of one request
-    swap_out   tokens, seconds               KV of a stream to host memory
-    swap_in    tokens, seconds               and back
+    swap_out   size, tokens, seconds         KV of a stream to host memory
+    swap_in    size, tokens, seconds         and back
     decode     requests, context, seconds    between two tokens of concurrent requests
 """
 
@@ -39,8 +39,10 @@ def forwards(rows: Sequence[Row]) -> list[tuple[int, int, float]]:
 
 
 def copies(rows: Sequence[Row], what: str) -> list[tuple[int, float]]:
-    """`swap_out` or `swap_in`, by sizes in order: tokens, median seconds."""
-    return [(tokens, s) for (tokens,), s in _medians(rows, what, "tokens")]
+    """`swap_out` or `swap_in`, by sizes in order: medians of tokens and seconds."""
+    tokens = _medians(rows, what, "size", of="tokens")
+    seconds = _medians(rows, what, "size")
+    return [(round(n), s) for (_, n), (_, s) in zip(tokens, seconds, strict=True)]
 
 
 def steps(rows: Sequence[Row]) -> list[tuple[int, int, float]]:
@@ -76,12 +78,15 @@ def make_profile(rows: Sequence[Row], name: str, samples: str) -> Profile:
     )
 
 
-def _medians(rows: Sequence[Row], what: str, *keys: str) -> list[tuple[list[int], float]]:
+def _medians(
+    rows: Sequence[Row], what: str, *keys: str, of: str = "seconds"
+) -> list[tuple[list[int], float]]:
+    """The values of `keys` in order, each with the median of `of`."""
     cells: dict[tuple[int, ...], list[float]] = defaultdict(list)
     for row in rows:
         if row.get("what") == what:
-            cells[tuple(row[key] for key in keys)].append(row["seconds"])
-    return [(list(cell), median(seconds)) for cell, seconds in sorted(cells.items())]
+            cells[tuple(row[key] for key in keys)].append(row[of])
+    return [(list(cell), median(values)) for cell, values in sorted(cells.items())]
 
 
 def _fitted(

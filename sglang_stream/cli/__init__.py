@@ -56,6 +56,7 @@ def build_app() -> typer.Typer:
     forwarded = {**WITH_SGLANG_FLAGS, "help_option_names": []}
     app.command(context_settings=forwarded)(demo)
     app.command(context_settings=forwarded)(bench)
+    app.command(context_settings=forwarded)(calibrate)
     app.command()(version)
     return app
 
@@ -238,6 +239,14 @@ def bench(ctx: typer.Context) -> None:
     """Measure TTFT, its limit, and ordinary traffic, side by side on the real engine."""
     _require("server", "sglang")
     from experiments.bench.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def calibrate(ctx: typer.Context) -> None:
+    """Measure prefill, swaps and decode on this machine, and write its profile."""
+    _require("server", "sglang")
+    from experiments.calibrate.run import main as run
 
     raise typer.Exit(run(ctx.args))
 

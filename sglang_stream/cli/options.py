@@ -63,7 +63,7 @@ PassMs = Annotated[
         min=0.001,
         help="How long an iteration that computes open streams may be predicted to take: a request "
         "that is complete never waits for more.",
-        show_default="the profile's, else 50",
+        show_default="the profile's, else 50, or 10 times an iteration's fixed cost",
         rich_help_panel=_SCHEDULING,
     ),
 ]

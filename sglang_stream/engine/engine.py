@@ -352,6 +352,7 @@ class StreamEngine:
             "role": self.role,
         }
         if self._learner is not None:
+            state["kv_bytes_per_token"] = self._learner.kv_bytes_per_token
             state["forwards"] = list(self._learner.forwards.alone)
             state["swap_outs"] = list(self._learner.swap_outs)
             state["swap_ins"] = list(self._learner.swap_ins)

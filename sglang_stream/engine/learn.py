@@ -32,10 +32,11 @@ class Forwards:
 
 
 class CostLearner:
-    """Measures, and fits a `CostModel` now and then."""
+    """Measures, and fits a `CostModel` now and then. `kv_bytes_per_token`: of this rank."""
 
-    def __init__(self, bytes_per_token: float) -> None:
-        guess = Copying(_GUESSED_S, bytes_per_token / _GUESSED_BYTES_PER_S)
+    def __init__(self, kv_bytes_per_token: float) -> None:
+        self.kv_bytes_per_token = kv_bytes_per_token
+        guess = Copying(_GUESSED_S, kv_bytes_per_token / _GUESSED_BYTES_PER_S)
         self._swap_out = self._swap_in = guess
         self._seen = 0
         self._said = False

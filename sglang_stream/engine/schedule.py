@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _CLIP_MAX_NEW = 4096  # SGLang reserves at most this many decode tokens for a request
 _UNMEASURED_TOKENS = 512  # of the passes of an iteration, as long as no cost is known
+_PASS_S = 0.05  # what an iteration with passes may take, unless it is told otherwise
 _SHORTEST = 4  # a pass before an expected seal takes at least this part of the usual time
 
 
@@ -222,11 +223,19 @@ class Scheduling:
         tokens = self._config.pass_tokens
         if self._planner.cost is None:
             tokens = min(tokens, _UNMEASURED_TOKENS)
-        seconds = self._config.pass_ms / 1000
+        seconds = self._pass_s()
         due_s = self._table.next_due_s()
         if due_s is not None:
             seconds = min(seconds, max(seconds / _SHORTEST, due_s - self._table.now))
         return Budget(tokens, seconds)
+
+    def _pass_s(self) -> float:
+        """How long an iteration with passes may take. Much shorter than ten times its fixed cost,
+        that cost would be what open streams spend their time on."""
+        if self._config.pass_ms is not None:
+            return self._config.pass_ms / 1000
+        base_s = self._planner.cost.prefill.base_s if self._planner.cost is not None else 0.0
+        return max(_PASS_S, 10 * base_s)
 
     def _pool_view(self, running_batch: ScheduleBatch) -> PoolView:
         """KV for full requests as SGLang's PrefillAdder counts it, and for open streams with

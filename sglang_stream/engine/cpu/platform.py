@@ -27,6 +27,8 @@ meant for a device's own; here it would take, and fill with zeros, most of the m
 MAX_RUNNING_REQUESTS = 256
 """Likewise: SGLang keeps a row as long as the model's context for each."""
 
+_KEPT_BYTES = 1 << 30
+
 
 def activate() -> str | None:
     """The platform's dotted name, or None where it is not for this machine."""
@@ -73,7 +75,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             os.environ.setdefault("MC_FORCE_TCP", "1")  # Mooncake looks for RDMA otherwise
             # The overlap schedule sends cached KV early after a CUDA event.
             server_args.disable_overlap_schedule = True
-        for name, value in _threading(server_args.tp_size, os.sched_getaffinity(0)).items():
+        threading = _threading(server_args.tp_size, os.sched_getaffinity(0))
+        for name, value in {**threading, **_memory()}.items():
             os.environ.setdefault(name, value)
 
     def init_backend(self) -> None:
@@ -117,3 +120,14 @@ def _threading(ranks: int, available: set[int]) -> dict[str, str]:
             ",".join(map(str, cores)) for cores in shares
         )
     return environment
+
+
+def _memory() -> dict[str, str]:
+    """Environment of the model's processes: freed tensors stay with the process.
+
+    glibc gives large ones back to the system at once, and each forward then pays for thousands of
+    page faults: half of the time of a decode step over 4,096 tokens, a tenth of that of 512 new
+    ones.
+    """
+    kept = str(_KEPT_BYTES)
+    return {"MALLOC_MMAP_THRESHOLD_": kept, "MALLOC_TRIM_THRESHOLD_": kept}

@@ -69,9 +69,11 @@ def server_args(**values: object) -> SimpleNamespace:
 
 @pytest.fixture
 def waiting(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment that says nothing of how threads wait, and is put back afterwards."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "")
-    del os.environ["OMP_WAIT_POLICY"]
+    """An environment that says nothing of how threads wait and of who keeps freed memory, and is
+    put back afterwards."""
+    for name in ("OMP_WAIT_POLICY", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.setenv(name, "")
+        del os.environ[name]
     return monkeypatch
 
 
@@ -84,6 +86,22 @@ def test_defaults_are_those_of_a_cpu(waiting: pytest.MonkeyPatch) -> None:
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert args.grammar_backend == "llguidance"
     assert not args.disable_overlap_schedule
+
+
+def test_processes_keep_the_memory_of_freed_tensors(waiting: pytest.MonkeyPatch) -> None:
+    code = """
+import resource, torch
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    before = faults()
+    torch.ones(16 << 20)
+print(faults() - before)
+"""
+    command = [sys.executable, "-c", code]
+    returned = int(subprocess.check_output(command))
+    CpuPlatform().apply_server_args_defaults(server_args())
+    assert int(subprocess.check_output(command)) < 100 < returned
 
 
 def test_workers_apart_move_kv_by_tcp_and_without_overlap(waiting: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ def test_help_needs_the_base_packages_only(start: Start, command: str) -> None:
         ("tiny-model", "folder"),
         ("demo",),
         ("bench",),
+        ("calibrate", "--out", "profile.json"),
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(start: Start, arguments: tuple[str, ...]) -> None:
@@ -83,6 +84,7 @@ def test_a_missing_extra_is_named_in_one_line(start: Start, arguments: tuple[str
         (("serve", "--model-path", "m", "--port", "many"), "--port"),
         (("serve", "--model-path", "m", "--max-open-streams", "0"), "--max-open-streams"),
         (("serve", "--model-path", "m", "--worker-log", "/proc/no/log"), "--worker-log"),
+        (("serve", "--model-path", ".", "--profile", "h300"), "--profile h300"),
         (("router",), "--worker"),
         (("router", "--worker", "localhost"), "--worker localhost"),
         (("router", "--worker", "http://127.0.0.1:1", "--no-such-flag"), "--no-such-flag"),
