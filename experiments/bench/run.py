@@ -71,7 +71,7 @@ def bench(
         str,
         typer.Option(
             help="pressure: waiting and policies, with commas between; of a load with updates "
-            "also with hard invalidation, as srpf:hard."
+            "also with hard invalidation, as slack:hard."
         ),
     ] = pressure.POLICIES,
     requests: Annotated[

@@ -21,6 +21,13 @@ Keys age alike, so their order does not change with time. The bound: a request w
 that waits since `since_s` is overtaken only by work that came before `since_s + work_s / AGEING`.
 """
 
+SHARE = 20
+"""How many times as long as alone an open stream's prefill takes beside all the others, in `slack`.
+
+With 1 its work hardly counts against the seconds to its seal, and streams with much to compute are
+begun too late: they are what the slowest first tokens come from.
+"""
+
 
 def _group(view: View) -> int:
     """Full requests, then open streams that have something to compute, then the others."""
@@ -57,10 +64,10 @@ def srpf(view: View) -> Key:
 
 def slack(view: View) -> Key:
     """Full requests as `srpf`; open streams by the latest time at which their prefill must begin
-    to be done at the predicted seal."""
+    to be done at the predicted seal, beside others (`SHARE`)."""
     if view.full:
         return srpf(view)
-    return (_group(view), view.due_s - view.work_s, view.arrival)
+    return (_group(view), view.due_s - SHARE * view.work_s, view.arrival)
 
 
 POLICIES: dict[PolicyName, Policy] = {

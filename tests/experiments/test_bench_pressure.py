@@ -62,9 +62,9 @@ def test_cells() -> None:
     assert len(set(cells)) == len(cells) == 7 + 8
     assert cells[0] == Cell("crawler", "waiting")
     assert cells[0].flags == []
-    assert [cell.name for cell in cells if cell.invalidation == "hard"] == ["srpf:hard"]
+    assert [cell.name for cell in cells if cell.invalidation == "hard"] == ["slack:hard"]
     assert cells[-1].workload == "ann"
-    assert cells[-1].flags == ["--stream-policy", "srpf", "--invalidation", "hard"]
+    assert cells[-1].flags == ["--stream-policy", "slack", "--invalidation", "hard"]
     assert cells_of("crawler", "fcfs:hard") == []  # nothing is invalidated there
 
 

@@ -26,7 +26,7 @@ REQUESTS = [
         ("lcas", ["full-5", "full-2", "open-6", "open-4", "open-1", "idle-3"]),
         ("mcps", ["open-4", "full-5", "open-1", "full-2", "open-6", "idle-3"]),
         ("srpf", ["full-5", "full-2", "open-4", "open-6", "open-1", "idle-3"]),
-        ("slack", ["full-5", "full-2", "open-6", "open-1", "open-4", "idle-3"]),
+        ("slack", ["full-5", "full-2", "open-1", "open-6", "open-4", "idle-3"]),
     ],
 )
 def test_order_of_each_policy(policy: PolicyName, expected: list[str]) -> None:
