@@ -21,7 +21,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_LONG_RUN = 512  # slots in a row that are worth a part of their own
+_LONG_RUN = 2048  # slots in a row that are worth a part of their own
 
 
 class CpuAttentionBackend(TorchNativeAttnBackend):
@@ -165,11 +165,11 @@ def decode_attention(
     shape.
 
     A prompt whose KV came from another worker lies in one run of slots, with the answer's tokens
-    anywhere behind it. A long run is read where it lies: to copy it takes longer than to use it.
+    anywhere behind it. A long run is read where it lies, without a copy.
 
         slots:  first, first + 1, ..., first + run - 1  |  the rest, gathered
     """
-    run = leading_run(slots)
+    run = leading_run(slots) if len(slots) >= _LONG_RUN else 0
     if run < _LONG_RUN:
         run = 0
     parts = []
