@@ -77,9 +77,7 @@ def _computed(server: Server, number: int) -> bool:
     if len(opened) != 1:
         return False
     state = ok(server.look(opened[0]["id"]))
-    usage = state["usage"]["stream"]
-    valid = usage["computed_tokens"] - usage["invalidated_tokens"]
-    return bool(state["seq"] == number and valid == state["usage"]["prompt_tokens"])
+    return bool(state["seq"] == number and state["held_tokens"] == state["usage"]["prompt_tokens"])
 
 
 async def in_thread(items: Iterable[Any]) -> AsyncIterator[Any]:
