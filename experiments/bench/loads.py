@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sglang_stream.messages import Mode
+
 LoadName = Literal["crawler", "ann"]
-Mode = Literal["append", "update"]
 
 OPENING_TOKENS = 16
 QUESTION_TOKENS = 16
