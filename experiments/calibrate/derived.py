@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.calibrate.fitting import pass_ms_for
+from experiments.calibrate.fitting import PASS_MS_SOURCE, pass_ms_for
 from sglang_stream import config
 from sglang_stream.config import Figure, Profile
 from sglang_stream.policy.cost import Copying, Decode, Prefill
@@ -127,9 +127,7 @@ def derive(machine: Machine, model: Model) -> Profile:
         machine=machine.title,
         model=model.name,
         dtype="bfloat16",
-        pass_ms=Figure(
-            pass_ms_for(prefill.base_s), "ten times the prefill's base, from 10 to 100 ms"
-        ),
+        pass_ms=Figure(pass_ms_for(prefill.base_s), PASS_MS_SOURCE),
         kv_bytes_per_token=Figure(
             float(model.kv_bytes),
             f"K and V of {model.layers} layers, {model.kv_heads} KV heads of {model.head_dim}, "

@@ -21,16 +21,17 @@ from sglang_stream.config import Figure, Profile
 from sglang_stream.errors import EngineFailure
 from sglang_stream.policy.fit import fit_copying, fit_decode, fit_prefill
 
-_PASS_MS = (10.0, 100.0)
+_PASS_MS = 50.0
+PASS_MS_SOURCE = "ten times the prefill's base, and 50 ms at least"
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 def pass_ms_for(base_s: float) -> float:
-    """How long a pass should be: a tenth of it is the base, unless it would be too long."""
-    least, most = _PASS_MS
-    return round(min(max(10 * base_s * 1e3, least), most), 1)
+    """How long a pass should be, as the engine chooses it without a profile: a tenth of it at most
+    is the base."""
+    return round(max(_PASS_MS, 10 * base_s * 1e3), 1)
 
 
 def forwards(rows: Sequence[Row]) -> list[tuple[int, int, float]]:
@@ -65,9 +66,7 @@ def make_profile(rows: Sequence[Row], name: str, samples: str) -> Profile:
         machine=_machine(manifest),
         model=manifest["model"],
         dtype=worker["dtype"],
-        pass_ms=Figure(
-            pass_ms_for(prefill.value.base_s), "ten times the prefill's base, from 10 to 100 ms"
-        ),
+        pass_ms=Figure(pass_ms_for(prefill.value.base_s), PASS_MS_SOURCE),
         kv_bytes_per_token=Figure(worker["kv_bytes_per_token"], "told by the worker"),
         kv_tokens=Figure(worker["kv_tokens"], "told by the worker"),
         prefill=prefill,

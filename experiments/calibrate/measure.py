@@ -56,7 +56,12 @@ def prefix_sizes(limit: int, page: int) -> list[int]:
 def swap_sizes(limit: int, page: int) -> list[int]:
     """Of swapped streams, in whole pages: up to `limit`, each twice the one before."""
     sizes = [(limit >> n) // page * page for n in reversed(range(_SWAP_SIZES))]
-    return sorted({size for size in sizes if size >= page})
+    return [size for size in sizes if size >= 2 * _SPARE_PAGES * page]
+
+
+def least_limit(page: int) -> int:
+    """The smallest limit with which there are swaps of enough sizes to fit."""
+    return 2 * _SPARE_PAGES * page << 3
 
 
 def context_sizes(limit: int) -> list[int]:

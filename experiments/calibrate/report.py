@@ -147,5 +147,8 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], colour: str, name: st
 
 def _finish(axes: Axes, title: str, what: str, scale: Literal["log", "linear"] = "log") -> None:
     axes.set(title=title, xlabel=what, ylabel="ms", xscale=scale, yscale=scale)
+    if scale == "log":
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_formatter("")  # they would cover each other within a decade or two
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

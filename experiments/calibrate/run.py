@@ -140,6 +140,13 @@ def _measure_work(settings: Settings, progress: Progress, step: TaskID, add: Add
         closing(MeasuredWorker(url)) as worker,
     ):
         add(worker.row())
+        least = measure.least_limit(worker.page_size)
+        if settings.limit < least:
+            raise InvalidRequest(
+                f"--max-tokens {settings.limit}: with pages of {worker.page_size} tokens give "
+                f"{least} at least",
+                param="--max-tokens",
+            )
         total = settings.repeats * measure.count_cells(settings.limit, worker.page_size)
         progress.reset(step, description="prefill", total=total)
 

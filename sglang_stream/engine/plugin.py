@@ -68,6 +68,11 @@ class StreamPlugin:
                 self._receive,
                 HookType.AFTER,
             ),
+            (
+                f"{_MANAGERS}.tokenizer_manager.TokenizerManager._create_tokenized_object",
+                self._refuse_huge_ids,
+                HookType.AROUND,
+            ),
             (f"{_SCHEDULER}.handle_generate_request", self._generate, HookType.AROUND),
             (f"{_SCHEDULER}.get_new_batch_prefill", self._schedule, HookType.AROUND),
             (
@@ -167,6 +172,14 @@ class StreamPlugin:
         if pulled is None or self.engine is None:
             return pulled
         return pulled + self.engine.receive()
+
+    @staticmethod
+    def _refuse_huge_ids(original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:
+        """Makes a fault of the caller, status 400, of what SGLang takes for one of its own."""
+        try:
+            return original(manager, *args, **kwargs)
+        except OverflowError as e:
+            raise ValueError(f"a token id is far above the vocabulary: {e}") from e
 
     def _generate(self, original: Any, scheduler: Any, request: Any) -> None:
         assert self.engine is not None

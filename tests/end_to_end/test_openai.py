@@ -121,6 +121,7 @@ def test_a_stream_finds_what_an_ordinary_call_computed(server: Server) -> None:
         ("completions", {"prompt": ids("over", 5000), "max_tokens": 4, "stream": True}),
         ("completions", {"prompt": [5, 10_000_000], "max_tokens": 4}),
         ("completions", {"prompt": [5, -1], "max_tokens": 4}),
+        ("completions", {"prompt": [5, 2**64], "max_tokens": 4}),
     ],
 )
 def test_errors_have_openais_shape(server: Server, path: str, body: dict[str, Any]) -> None:

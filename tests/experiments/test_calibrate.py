@@ -11,6 +11,7 @@ from experiments.bench.rows import Row, read_rows
 from experiments.calibrate.fitting import copies, forwards, make_profile, pass_ms_for
 from experiments.calibrate.measure import (
     count_cells,
+    least_limit,
     pool_for_swaps,
     prefix_sizes,
     prompt_sizes,
@@ -100,8 +101,8 @@ def test_repeats_of_a_cell_count_by_their_median() -> None:
     assert copies(rows, "swap_out") == []
 
 
-def test_a_pass_is_ten_times_its_base_within_bounds() -> None:
-    assert [pass_ms_for(base) for base in (0.0, 0.0054321, 0.5)] == [10, 54.3, 100]
+def test_a_pass_is_ten_times_its_base_or_50_ms() -> None:
+    assert [pass_ms_for(base) for base in (0.0, 0.0054321, 0.03)] == [50, 54.3, 300]
 
 
 @pytest.mark.parametrize("page", [1, 16, 64])
@@ -109,12 +110,14 @@ def test_a_pass_is_ten_times_its_base_within_bounds() -> None:
 def test_sizes_are_whole_pages_within_the_limit(limit: int, page: int) -> None:
     assert prompt_sizes(limit)[-1] == limit
     assert min(prompt_sizes(limit)) >= 16
-    sizes = [*prefix_sizes(limit, page), *swap_sizes(limit, page)]
+    swaps = swap_sizes(limit, page)
+    sizes = [*prefix_sizes(limit, page), *swaps]
     assert all(0 < size <= limit and size % page == 0 for size in sizes)
     pool = pool_for_swaps(limit, page)
     assert pool % page == 0
-    assert pool > max(swap_sizes(limit, page)) + 20 * page
+    assert pool > limit + 20 * page
     assert count_cells(limit, page) > 9
+    assert (len(swaps) >= 4) == (limit >= least_limit(page))
 
 
 def test_a_step_is_timed_while_all_decode() -> None:

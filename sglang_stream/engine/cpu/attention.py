@@ -10,7 +10,6 @@ in two parts that need no mask, each with torch's flash attention for CPUs:
 
 In the first part, and in decoding, the query heads that share a key head are laid behind one
 another as more queries of that head, so that keys and values are never copied per query head.
-Decoding merges two parts as well: keys that lie in a row, and those that lie anywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_LONG_RUN = 512  # slots in a row that are worth a part of their own
 
 
 class CpuAttentionBackend(TorchNativeAttnBackend):
@@ -115,7 +113,9 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)
         ):
             slots = req_to_token[row, :length]
-            output[i] = decode_attention(query[i : i + 1], k_cache, v_cache, slots, scaling)[0]
+            q = query[i : i + 1]
+            k, v = gather(k_cache, slots, q.dtype), gather(v_cache, slots, q.dtype)
+            output[i : i + 1] = full_attention(q, k, v, scaling)[0]
         return output
 
 
@@ -148,54 +148,13 @@ def extend_attention(
     [key heads, L, size]; returns [n, heads, size].
     """
     prefix = k.shape[1] - q.shape[0]
-    new = causal_attention(q, k[:, prefix:], v[:, prefix:], scale)
+    new, new_lse = causal_attention(q, k[:, prefix:], v[:, prefix:], scale)
     if prefix == 0:
-        return new[0]
-    return merged(full_attention(q, k[:, :prefix], v[:, :prefix], scale), new)
-
-
-def decode_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-    scale: float | None,
-) -> torch.Tensor:
-    """Attention of one token, `q` [1, heads, size], over the pool's `slots`; returns the same
-    shape.
-
-    A prompt whose KV came from another worker lies in one run of slots, with the answer's tokens
-    anywhere behind it. A long run is read where it lies: to copy it takes longer than to use it.
-
-        slots:  first, first + 1, ..., first + run - 1  |  the rest, gathered
-    """
-    run = leading_run(slots)
-    if run < _LONG_RUN:
-        run = 0
-    parts = []
-    if run:
-        here = slice(int(slots[0]), int(slots[0]) + run)
-        k, v = (cache[here].to(q.dtype).movedim(1, 0) for cache in (k_cache, v_cache))
-        parts.append(full_attention(q, k, v, scale))
-    if run < len(slots):
-        k, v = (gather(cache, slots[run:], q.dtype) for cache in (k_cache, v_cache))
-        parts.append(full_attention(q, k, v, scale))
-    return merged(*parts) if len(parts) == 2 else parts[0][0]
-
-
-def leading_run(slots: torch.Tensor) -> int:
-    """How many of the first slots are neighbours, each one the next of the one before."""
-    breaks = torch.diff(slots).ne(1).nonzero()
-    return int(breaks[0]) + 1 if len(breaks) else len(slots)
-
-
-def merged(
-    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """The output over the keys of both parts, from each one's output and log-sum-exp."""
+        return new
+    old, old_lse = full_attention(q, k[:, :prefix], v[:, :prefix], scale)
     # The weight of a part is the share of its exponentials in the sum over both.
-    weight = torch.sigmoid(a[1] - b[1]).unsqueeze(-1)
-    return torch.lerp(b[0].to(weight.dtype), a[0].to(weight.dtype), weight)
+    weight = torch.sigmoid(old_lse - new_lse).unsqueeze(-1)
+    return torch.lerp(new.to(weight.dtype), old.to(weight.dtype), weight)
 
 
 def full_attention(

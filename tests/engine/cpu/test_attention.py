@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from sglang_stream.engine.cpu.attention import CpuAttentionBackend, leading_run
+from sglang_stream.engine.cpu.attention import CpuAttentionBackend
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -124,17 +124,6 @@ def test_decoding_equals_torch_native(
     ours, stock = backends()
     options = {"scaling": scaling, "enable_gqa": groups > 1}
     assert_same(batch.decode(ours, **options), batch.decode(stock, **options))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("run", [1, 511, 512, 700, 900])
-def test_decoding_over_a_run_of_slots_equals_torch_native(run: int, dtype: torch.dtype) -> None:
-    batch = make_batch([(899, 1), (20, 1), (699, 1)], groups=2, dtype=dtype)
-    slots, row = batch.pool["req_to_token"], batch.pool["req_pool_indices"][0]
-    slots[row, :run] = torch.arange(600, 600 + run)
-    ours, stock = backends()
-    assert leading_run(slots[row, :900]) >= run
-    assert_same(batch.decode(ours, enable_gqa=True), batch.decode(stock, enable_gqa=True))
 
 
 @pytest.mark.parametrize("option", [{"sliding_window_size": 7}, {"causal": False}])

@@ -93,9 +93,9 @@ def test_processes_keep_the_memory_of_freed_tensors(waiting: pytest.MonkeyPatch)
 import resource, torch
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+for _ in range(40):
     before = faults()
-    torch.ones(16 << 20)
+    torch.ones(12 << 20)
 print(faults() - before)
 """
     command = [sys.executable, "-c", code]
