@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sglang_stream.messages import Mode
+
 LoadName = Literal["crawler", "ann"]
-Mode = Literal["append", "update"]
 
 OPENING_TOKENS = 16
 QUESTION_TOKENS = 16
@@ -55,10 +56,10 @@ class Load:
 
 
 # Published: tokens P50 5,749, P95 28,372; gaps P50 0.701 s, P75 1.340 s.
-CRAWLER = Load("crawler", "append", 2.6, LogNormal(5749 / 30, 0.95), 1200, LogNormal(0.701, 0.92))
+CRAWLER = Load("crawler", "append", 3.0, LogNormal(5749 / 30, 0.95), 1200, LogNormal(0.701, 0.92))
 # Published: tokens P50 10,126, P95 30,618; gaps P50 37 ms, P75 124 ms, here ten times as long: the
 # paper slows retrieval down, too, to have many streams open.
-ANN = Load("ann", "update", 2.6, LogNormal(10126 / 43, 0.67), 1200, LogNormal(0.37, 1.8))
+ANN = Load("ann", "update", 2.8, LogNormal(10126 / 43, 0.67), 1200, LogNormal(0.37, 1.8))
 LOADS: dict[LoadName, Load] = {load.name: load for load in (CRAWLER, ANN)}
 
 

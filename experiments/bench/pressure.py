@@ -29,7 +29,7 @@ POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 ANSWER_TOKENS = 8
 REQUESTS = 200
 POLICIES = "waiting,default,fcfs,lcas,mcps,srpf,slack,slack:hard"
-_WARMING = (64, 512, 1024)  # tokens of the prompts that the engine sees first
+_WARMING = (64, 256, 512)  # tokens of the prompts that the engine sees first
 
 
 @dataclass(frozen=True)
