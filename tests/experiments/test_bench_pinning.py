@@ -58,6 +58,7 @@ def test_pairs_without_their_other_side_are_left_out() -> None:
     assert "ratio" in text_of(rows[2:])
 
 
+@pytest.mark.long
 def test_on_the_running_engine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,6 +155,7 @@ def test_wrong_arguments_are_explained(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--profile mine.json" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_on_the_running_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A whole small run, with flags for SGLang: a profile that loads, its samples and its plot."""
     out = tmp_path / "deep" / "small.json"
