@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml
 	  { echo "Python's venv is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "Installing SGLang, PyTorch and the rest into $(VENV): some gigabytes, some minutes."
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet -e ".[server,disaggregation,crawler,bench,dev]"
+	@$(BIN)/python -m pip install --quiet -e ".[server,disaggregation,crawler,ann,experiments,bench,dev]"
 	@touch $@
 
 # Installs what is missing where that is ours to do, tells what to install elsewhere, and goes on

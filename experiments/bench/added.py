@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Literal
 
-from experiments.bench.rows import Row
 from experiments.direct import DirectHttp, DirectWorker
+from experiments.rows import Row
 from sglang_stream.errors import EngineFailure
 
 By = Literal["router", "worker"]

@@ -19,8 +19,6 @@ from statistics import median
 
 from rich.table import Table
 
-from experiments.bench.rows import Row
-from experiments.bench.stats import percentile, ratio_of_percentiles, verdict
 from experiments.bench.ttft import (
     ANSWER_TOKENS,
     CHUNKS,
@@ -32,6 +30,8 @@ from experiments.bench.ttft import (
     random_prompt,
 )
 from experiments.client import MeasuredClient
+from experiments.rows import Row
+from experiments.stats import percentile, ratio_of_percentiles, verdict
 
 MODES: tuple[Mode, ...] = ("waiting", "streaming", "re-sending")
 AT_LEAST = 5.0

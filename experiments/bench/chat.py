@@ -14,8 +14,8 @@ from importlib import util
 from typing import Any, Literal
 
 from experiments.bench.rates import random_text
-from experiments.bench.rows import Row
 from experiments.direct import DirectHttp
+from experiments.rows import Row
 from experiments.server import SglangWorker
 from sglang_stream.errors import EngineFailure
 

@@ -10,8 +10,8 @@ from statistics import median
 
 from rich.table import Table
 
-from experiments.bench.rows import Row
-from experiments.bench.stats import verdict
+from experiments.rows import Row
+from experiments.stats import verdict
 from sglang_stream.errors import EngineFailure
 
 GOAL_S = 100e-6

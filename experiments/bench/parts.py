@@ -26,7 +26,7 @@ from experiments.bench import (
     ttft,
 )
 from experiments.bench.loads import LOADS, pool_tokens, requests_of
-from experiments.bench.rows import Row
+from experiments.rows import Row
 from experiments.server import running_server, running_sglang, running_sglang_router
 from sglang_stream.errors import EngineFailure
 from sglang_stream.policy import POLICIES

@@ -23,9 +23,9 @@ from typing import Literal
 from rich.table import Table
 
 from experiments.bench.calls import LoadClient
-from experiments.bench.rows import Row
-from experiments.bench.stats import ratio_of_medians, verdict
 from experiments.direct import DirectWorker
+from experiments.rows import Row
+from experiments.stats import ratio_of_medians, verdict
 from sglang_stream.errors import EngineFailure
 
 Side = Literal["idle", "none"]

@@ -21,8 +21,8 @@ from typing import Literal
 
 from rich.table import Table
 
-from experiments.bench.rows import Row
-from experiments.bench.stats import percentile, verdict
+from experiments.rows import Row
+from experiments.stats import percentile, verdict
 from sglang_stream.policy import (
     POLICIES,
     Budget,

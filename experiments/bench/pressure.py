@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from experiments.bench.calls import LoadClient, Timed
 from experiments.bench.counters import counted_since, read_counters
 from experiments.bench.loads import LOADS, LoadName, Request
-from experiments.bench.rows import Row
+from experiments.rows import Row
 from sglang_stream.errors import EngineFailure, InvalidRequest, StreamError
 from sglang_stream.policy import Invalidation, PolicyName
 

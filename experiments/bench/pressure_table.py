@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from experiments.bench.rows import Row
-from experiments.bench.stats import Interval, percentile, ratio_of_percentiles, verdict
+from experiments.rows import Row
+from experiments.stats import Interval, percentile, ratio_of_percentiles, verdict
 
 ENOUGH = 200
 """Requests of a cell; with fewer its row says so."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohttp
 
-from experiments.bench.rows import Row
+from experiments.rows import Row
 from sglang_stream.errors import EngineFailure, from_fields
 
 CHUNK_TOKENS = 200

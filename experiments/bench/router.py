@@ -11,8 +11,8 @@ from statistics import median
 from rich.table import Table
 
 from experiments.bench import rates
-from experiments.bench.rows import Row
-from experiments.bench.stats import median_difference, ratio_of_medians, verdict
+from experiments.rows import Row
+from experiments.stats import median_difference, ratio_of_medians, verdict
 
 ADDED_GOALS_S = {"chunk": 1e-3, "first token": 2e-3}
 NAMES = {

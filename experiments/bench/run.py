@@ -15,7 +15,7 @@ from experiments import display
 from experiments.bench import added, pressure, ttft
 from experiments.bench.loads import LOADS
 from experiments.bench.parts import MEASURES, Part, Settings, tables
-from experiments.bench.rows import Row, RowFile, manifest, read_rows
+from experiments.rows import Row, RowFile, manifest, read_rows
 from experiments.server import default_model
 from sglang_stream.errors import InvalidRequest
 

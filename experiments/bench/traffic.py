@@ -17,8 +17,8 @@ from typing import Any, Literal
 import httpx
 from rich.table import Table
 
-from experiments.bench.rows import Row
-from experiments.bench.stats import median_ratio, verdict
+from experiments.rows import Row
+from experiments.stats import median_ratio, verdict
 from sglang_stream.errors import EngineFailure
 
 Server = Literal["plain", "streams"]

@@ -24,9 +24,9 @@ from typing import Literal
 
 from rich.table import Table
 
-from experiments.bench.rows import Row
-from experiments.bench.stats import ratio_of_medians, verdict
 from experiments.client import Answer, MeasuredClient
+from experiments.rows import Row
+from experiments.stats import ratio_of_medians, verdict
 from sglang_stream.errors import EngineFailure
 
 Mode = Literal["waiting", "streaming", "re-sending", "limit"]

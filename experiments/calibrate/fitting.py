@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TypeVar
 
-from experiments.bench.rows import Row
+from experiments.rows import Row
 from sglang_stream.config import Figure, Profile
 from sglang_stream.errors import EngineFailure
 from sglang_stream.policy.fit import fit_copying, fit_decode, fit_prefill

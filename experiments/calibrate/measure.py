@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 from httpx_sse import aconnect_sse
 
-from experiments.bench.rows import Row
 from experiments.direct import DirectHttp, DirectWorker
+from experiments.rows import Row
 from sglang_stream.errors import EngineFailure
 
 Add = Callable[[Row], None]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
-from experiments.bench.rows import Row
 from experiments.calibrate.fitting import copies, forwards, steps
+from experiments.rows import Row
 from sglang_stream.config import Profile
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import typer
 from rich.progress import Progress, TaskID
 
 from experiments import display
-from experiments.bench.rows import Row, RowFile, manifest
 from experiments.calibrate import measure, report
 from experiments.calibrate.fitting import make_profile
 from experiments.calibrate.measure import Add, MeasuredWorker
+from experiments.rows import Row, RowFile, manifest
 from experiments.server import default_model, running_sglang
 from sglang_stream.errors import InvalidRequest
 

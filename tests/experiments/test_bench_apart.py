@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from experiments.bench.apart import MODES, Load, schedule, table
-from experiments.bench.rows import Row, read_rows
 from experiments.bench.run import main
+from experiments.rows import Row, read_rows
 
 
 def lines_of(rows: Sequence[Row]) -> list[str]:

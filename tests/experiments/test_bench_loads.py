@@ -16,7 +16,7 @@ from experiments.bench.loads import (
     pool_tokens,
     requests_of,
 )
-from experiments.bench.stats import percentile
+from experiments.stats import percentile
 
 
 def gaps_of(requests: list[Request]) -> list[float]:

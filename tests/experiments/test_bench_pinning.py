@@ -9,8 +9,8 @@ from rich.console import Console
 
 from experiments.bench import pinning
 from experiments.bench.pinning import POOL_TOKENS, REQUESTS, STREAMS, Sizes, table
-from experiments.bench.rows import Row, read_rows
 from experiments.bench.run import main
+from experiments.rows import Row, read_rows
 
 
 def text_of(rows: Sequence[Row]) -> str:

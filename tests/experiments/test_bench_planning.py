@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from experiments.bench.planning import CASES, COUNTS, World, measure, table
-from experiments.bench.rows import Row
+from experiments.rows import Row
 from sglang_stream.policy import POLICIES, Decision, Pass, Victim
 
 

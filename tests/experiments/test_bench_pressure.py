@@ -11,8 +11,8 @@ from rich.console import Console
 from experiments.bench.counters import counted_since, parse_counters
 from experiments.bench.pressure import POLICIES, Cell, cells_of
 from experiments.bench.pressure_table import table
-from experiments.bench.rows import Row, read_rows
 from experiments.bench.run import main
+from experiments.rows import Row, read_rows
 from sglang_stream.errors import InvalidRequest
 
 PAGE = """\

@@ -13,8 +13,8 @@ from rich.console import Console
 from experiments.bench import added, apart, rates
 from experiments.bench.chat import workers_of
 from experiments.bench.router import NAMES, table
-from experiments.bench.rows import Row, read_rows
 from experiments.bench.run import main
+from experiments.rows import Row, read_rows
 from experiments.server import default_model, running_server
 from sglang_stream.errors import InvalidRequest
 

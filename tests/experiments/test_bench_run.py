@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from experiments.bench import lcp
-from experiments.bench.rows import RowFile, manifest, read_rows
 from experiments.bench.run import main
+from experiments.rows import RowFile, manifest, read_rows
 from sglang_stream.errors import InvalidRequest
 
 

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from experiments.bench import traffic
-from experiments.bench.rows import Row
 from experiments.bench.traffic import measure, random_prompts, table
+from experiments.rows import Row
 from sglang_stream.errors import EngineFailure
 
 

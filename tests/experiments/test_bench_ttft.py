@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from experiments.bench import ttft
-from experiments.bench.rows import Row
 from experiments.bench.ttft import CHUNKS, Cell, Prompt, paced, random_prompt, schedule, table
 from experiments.client import Answer, MeasuredClient
+from experiments.rows import Row
 from sglang_stream.errors import EngineFailure
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.bench.rows import Row, read_rows
 from experiments.calibrate.fitting import copies, forwards, make_profile, pass_ms_for
 from experiments.calibrate.measure import (
     count_cells,
@@ -20,6 +19,7 @@ from experiments.calibrate.measure import (
 )
 from experiments.calibrate.report import save_plot, table
 from experiments.calibrate.run import main
+from experiments.rows import Row, read_rows
 from sglang_stream.config import Profile, load_profile
 from sglang_stream.errors import EngineFailure, InvalidRequest
 from sglang_stream.policy.cost import Copying, Decode, Prefill

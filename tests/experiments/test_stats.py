@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.bench.stats import (
+from experiments.stats import (
     Interval,
     median_difference,
     median_ratio,

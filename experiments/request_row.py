@@ -1,0 +1,53 @@
+"""The row of one request, the same from the runner and from the simulator.
+
+Times are seconds after the load began. `ttft_s` counts from `iterator_end_s`, when the iterator of
+chunks has yielded its last one: with an open loop that is `last_chunk_s`, when it was due, unless
+the sender was late.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+RequestMode = Literal["waiting", "streaming", "resend"]
+
+
+class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One request of one load. A refused one has `failed` and no times after the seal.
+
+    `seed`: of the arrivals, so of the repetition. `machine`: name of the profile or of the
+    machine. `cached_tokens`: prompt tokens found in the cache, 0 for waiting. Counters are those
+    of `usage.stream`, None where the mode has none.
+    """
+
+    source: Literal["engine", "simulator"]
+    machine: str
+    workload: str
+    mode: RequestMode
+    stream_policy: str | None
+    placement: str | None
+    qps: float
+    seed: int
+    query_id: str
+    arrival_s: float
+    last_chunk_s: float
+    iterator_end_s: float | None = None
+    seal_s: float | None = None
+    first_token_s: float | None = None
+    end_s: float | None = None
+    ttft_s: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    chunks: int | None = None
+    updates: int | None = None
+    lcp_tokens: int | None = None
+    invalidated_tokens: int | None = None
+    computed_tokens: int | None = None
+    ready_tokens: int | None = None
+    preemptions: int | None = None
+    recomputed_tokens: int | None = None
+    swapped_tokens: int | None = None
+    failed: str | None = None

@@ -1,0 +1,84 @@
+"""A specification of an evaluation, from TOML: which workload, which loads, which cells, on what.
+
+sglang-stream replay SPEC.toml       the cells on a real engine
+sglang-stream simulate SPEC.toml     the same cells on a machine's profile
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from experiments.request_row import RequestMode
+from sglang_stream.config import PlacementName
+from sglang_stream.errors import InvalidRequest
+from sglang_stream.policy import Invalidation, PolicyName, Preemption
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class WorkloadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is asked. `kind`: the shape, also of a trace. `trace`: a folder (crawler) or a query
+    map (anns) on disk, else generated from `seed`. `scale` divides tokens, `delay` multiplies
+    retrieval times. `arrivals`: a file of gaps in seconds, else Poisson."""
+
+    kind: Literal["crawler", "anns"]
+    queries: Count
+    trace: Path | None = None
+    arrivals: Path | None = None
+    seed: int = 0
+    scale: Positive = 1.0
+    delay: Positive = 1.0
+    output_tokens: Count = 1
+
+
+class CellsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is compared: every mode, streaming under every policy, at every rate, for every seed."""
+
+    modes: tuple[RequestMode, ...] = ("waiting", "streaming")
+    policies: tuple[PolicyName, ...] = ("default", "fcfs", "lcas", "mcps")
+    placements: tuple[PlacementName, ...] = ("stream_aware",)
+    qps: tuple[Positive, ...] = (1.0,)
+    seeds: tuple[int, ...] = (0,)
+
+
+class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The workers, real or simulated. `kv_tokens`: of a prefill worker's pool; `batch_tokens`: of
+    one iteration (SGLang's --chunked-prefill-size). With `decode_workers` they are apart, else
+    `prefill_workers` unified ones. `flags` go to `sglang-stream serve` only."""
+
+    prefill_workers: Count = 1
+    decode_workers: Annotated[int, msgspec.Meta(ge=0)] = 0
+    kv_tokens: Count | None = None
+    batch_tokens: Count = 2048
+    page: Count = 1
+    preemption: Preemption = "auto"
+    invalidation: Invalidation = "soft"
+    host_memory_gb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    pass_ms: Positive | None = None
+    flags: tuple[str, ...] = ()
+
+
+class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`name`: also of the row file. `published`: the table of published figures that these rows
+    are compared with. `goodput`: objective on TTFT in milliseconds."""
+
+    name: str
+    workload: WorkloadSpec
+    cells: CellsSpec = CellsSpec()
+    engine: EngineSpec = EngineSpec()
+    published: Literal["crawler", "anns"] | None = None
+    goodput_ttft_ms: Positive | None = None
+
+
+def load_spec(path: Path) -> Spec:
+    """Reads a specification. Raises InvalidRequest that names the file and the field."""
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=Spec)
+    except OSError as e:
+        raise InvalidRequest(f"{path}: {e.strerror}", param="spec") from e
+    except (msgspec.DecodeError, msgspec.ValidationError) as e:
+        raise InvalidRequest(f"{path}: {e}", param="spec") from e
