@@ -87,15 +87,17 @@ class Scheduling:
         self._drop_passes(running_batch)
         withheld = self._withhold()
         self._place(scheduler.waiting_queue)
-        decision = self._decide(running_batch)
+        full = self._full_views(running_batch)
+        decision = self._decide(full, running_batch)
         self._apply(decision)
         passes = self._build_passes(decision)
+        later = self._postpone(full)
         scheduler.waiting_queue.extend(passes)
         batch_plan = original(scheduler, running_batch)
         left_over = {id(r) for r in passes}
-        scheduler.waiting_queue = withheld + [
-            r for r in scheduler.waiting_queue if id(r) not in left_over
-        ]
+        scheduler.waiting_queue = (
+            withheld + [r for r in scheduler.waiting_queue if id(r) not in left_over] + later
+        )
         self._started(batch_plan.batch_to_run)
         return batch_plan
 
@@ -184,9 +186,8 @@ class Scheduling:
 
     # --- decide -------------------------------------------------------------------------------
 
-    def _decide(self, running_batch: ScheduleBatch) -> Decision:
+    def _decide(self, full: list[View], running_batch: ScheduleBatch) -> Decision:
         table = self._table
-        full = self._full_views(running_batch)
         if not full and not table.kv.to_compute:
             return Decision()
         decision = self._planner.plan(
@@ -201,7 +202,7 @@ class Scheduling:
         """The full requests that the next iteration could admit, in the order of the queue."""
         scheduler = self._scheduler
         slots = scheduler.get_num_allocatable_reqs(len(running_batch.reqs))
-        budget = scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
+        budget = self._batch_tokens()
         streams = self._sealed()
         queue = scheduler.waiting_queue
         if scheduler.chunked_req is not None:
@@ -214,6 +215,11 @@ class Scheduling:
             full.append(view)
             budget -= max(1, view.tokens - view.ready)
         return full
+
+    def _batch_tokens(self) -> int:
+        """Prompt tokens of one iteration."""
+        scheduler = self._scheduler
+        return scheduler.chunked_prefill_size or scheduler.max_prefill_tokens
 
     def _budget(self, running_batch: ScheduleBatch) -> Budget:
         """What passes may take of the next iteration."""
@@ -315,6 +321,22 @@ class Scheduling:
         queue = self._scheduler.waiting_queue
         self._scheduler.waiting_queue = [r for r in queue if id(r) not in waiting]
         return [r for r in queue if id(r) in waiting]
+
+    def _postpone(self, full: list[View]) -> list[Req]:
+        """Takes full requests that are not to share the next iteration out of the queue for it.
+
+        Ordinary requests among themselves are SGLang's to arrange.
+        """
+        if not self._sealed():
+            return []
+        scheduler = self._scheduler
+        together = self._planner.together(full, self._batch_tokens())
+        if together == len(full):
+            return []
+        kept = together - (scheduler.chunked_req is not None)
+        later: list[Req] = scheduler.waiting_queue[kept:]
+        scheduler.waiting_queue = scheduler.waiting_queue[:kept]
+        return later
 
     def _started(self, batch: ScheduleBatch | None) -> None:
         tickets = [t for r in batch.reqs if (t := ticket_of(r))] if batch is not None else []

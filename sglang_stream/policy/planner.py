@@ -22,6 +22,13 @@ from sglang_stream.policy.types import Budget, Decision, Pass, PoolView, Preempt
 _LEAST_TOKENS = 64
 """What an iteration without full requests computes, however slow the machine is."""
 
+_JOINING = 2
+"""How many times a forward's fixed cost a slice may take to share it with one that ends there.
+
+Several that take the fixed cost each are done as soon, in the mean, one after the other as they
+are together; at twice that the first ones gain more than the last one loses.
+"""
+
 
 class Planner:
     """Plans by a policy, with a machine's costs (None as long as they are not known)."""
@@ -56,6 +63,28 @@ class Planner:
             first = tuple(view.id for view in full[:1] if view.restore)
             return Decision(tuple(victims), first)
         return self._passes(full, ranked, pool, budget, pool.spare - need)
+
+    def together(self, full: Sequence[View], tokens: int) -> int:
+        """How many of the waiting `full` requests, from the first, share the next iteration, of
+        `tokens` at most.
+
+        Where one of them gets its last slice, a long slice of the next one would only delay its
+        first token: it begins an iteration later.
+        """
+        if self.cost is None:
+            return len(full)
+        prefill = self.cost.prefill
+        longest_s = _JOINING * prefill.base_s
+        ends = False
+        for index, view in enumerate(full):
+            if tokens <= 0:
+                return index
+            new = min(view.missing, tokens)
+            if ends and prefill.work_s(new, view.ready) > longest_s:
+                return index
+            ends = ends or new == view.missing
+            tokens -= new
+        return len(full)
 
     def make_room(self, ranked: Sequence[View], deficit: int, pool: PoolView) -> list[Victim]:
         """The fewest streams from the end of `ranked`, open ones first, whose KV covers `deficit`

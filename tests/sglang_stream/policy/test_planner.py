@@ -202,6 +202,23 @@ def test_a_copy_that_comes_back_needs_room() -> None:
     assert plan([], [saved], PoolView(600, 600)) == Decision()
 
 
+def test_a_long_slice_does_not_share_the_iteration_in_which_another_prefill_ends() -> None:
+    forward = Prefill(0.02, 1e-3, 0.0)
+    planner = Planner(POLICIES["fcfs"], "auto", CostModel(forward, COST.swap_out, COST.swap_in))
+    tail, short, long = whole(16, name="tail"), whole(40, name="short"), whole(41, name="long")
+    huge = whole(2000, name="huge")
+    assert planner.together([tail, short, short], 512) == 3
+    assert planner.together([tail, short, long, short], 512) == 2
+    assert planner.together([huge, long], 512) == 1  # the iteration is full
+    assert planner.together([huge, long], 4096) == 1
+    assert planner.together([], 512) == 0
+
+
+def test_requests_share_iterations_as_they_come_while_no_cost_is_known() -> None:
+    planner = Planner(POLICIES["fcfs"], "auto")
+    assert planner.together([whole(16, name="a"), whole(2000, name="b")], 4096) == 2
+
+
 def test_room_to_decode_comes_from_open_streams_first() -> None:
     order = ranked(
         [
