@@ -120,7 +120,8 @@ def table(rows: Sequence[Row]) -> Table:
             shown.add_row(f"  {name}", *(column.get(name, "") for column in columns))
         shown.add_section()
     shown.caption = (
-        f"Chunks over {GOAL_PACE:g} x the time to prefill as many prompts at once. "
+        f"Chunks over {GOAL_PACE:g} x the time to prefill as many prompts at once, "
+        f"answers of {ANSWER_TOKENS} tokens. "
         "Ratios with 95 % intervals."
     )
     return shown
