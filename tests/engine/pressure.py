@@ -10,9 +10,9 @@ import httpx
 from sglang_stream import messages as m
 from tests.harness import Worker
 
-POOL = 4096
+POOL = 2400
 STREAMS = 40
-PROMPT = 400
+PROMPT = 240
 ANSWER = 8
 TAIL = [5, 9, 3]
 
@@ -67,7 +67,7 @@ class Load:
         if self._mode(i) == "append":
             whole = tokens(("shared", i % 8), PROMPT // 2) + tokens(i, PROMPT // 2)
             return [whole[: PROMPT // 4 * n] for n in range(1, 5)]
-        docs = {d: tokens((d, i // 8), PROMPT // 4) for d in "abcd"} | {"x": tokens(i, 50)}
+        docs = {d: tokens((d, i // 8), PROMPT // 4) for d in "abcd"} | {"x": tokens(i, 30)}
         return [[t for d in names for t in docs[d]] for names in ("abcd", "acbd", "abcd", "abxcd")]
 
     def _seal(self, stream: str, last_seq: int) -> list[int]:

@@ -108,12 +108,12 @@ def test_a_swapped_stream_is_seen_to_be_swapped(worker: Worker) -> None:
     worker.flush()
     worker.configure("fcfs", "swap", "soft")
     stream = worker.open("append")
-    worker.append(stream, 1, [7] * 2000)
-    worker.idle(stream, 2000)
+    worker.append(stream, 1, [7] * 1200)
+    worker.idle(stream, 1200)
     status = worker.status(stream)
-    assert (status.held, status.saved, status.place) == (2000, 0, 0)
-    worker.cold([8] * 3000)
+    assert (status.held, status.saved, status.place) == (1200, 0, 0)
+    worker.cold([8] * 1800)
     status = worker.status(stream)
-    assert (status.held, status.saved) == (0, 2000)
-    assert worker.seal(stream, [9], last_seq=1).tokens == worker.cold([*[7] * 2000, 9]).tokens
-    assert worker.status(stream).usage.computed_tokens == 2000
+    assert (status.held, status.saved) == (0, 1200)
+    assert worker.seal(stream, [9], last_seq=1).tokens == worker.cold([*[7] * 1200, 9]).tokens
+    assert worker.status(stream).usage.computed_tokens == 1200
