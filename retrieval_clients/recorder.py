@@ -1,10 +1,10 @@
 """Recording what a retrieval client yields, and yielding it again with its timings.
 
-    async for text in stream_chat(record(crawl(urls), file, "q1", question, "append"), ...):
-        ...
-    (trace,) = recorded_traces(file)
-    async for text in stream_chat(replay(trace, delay=10), ...):
-        ...
+async for text in stream_chat(record(crawl(urls), file, "q1", question, "append"), ...):
+    ...
+(trace,) = recorded_traces(file)
+async for text in stream_chat(replay(trace, delay=10), ...):
+    ...
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ async def record(
             steps.append(TraceStep(now() - began, tuple(map(_document, parts))))
             yield item
     finally:
-        if isinstance(items, AsyncGenerator):
-            await items.aclose()
+        close = getattr(items, "aclose", None)
+        if close is not None:
+            await close()
     if steps:
         write_trace(path, Trace(query_id, query, mode, tuple(steps)))
 

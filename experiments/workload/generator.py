@@ -145,9 +145,7 @@ def _shown(mode: Mode, lists: list[list[int]]) -> list[list[int]]:
     return [[i] for i in lists[-1]] if mode == "append" else lists
 
 
-def _weights(
-    model: _Model, lists: list[list[list[int]]], rng: np.random.Generator
-) -> list[Floats]:
+def _weights(model: _Model, lists: list[list[list[int]]], rng: np.random.Generator) -> list[Floats]:
     """The relative length of each document that a query ever has.
 
     Of a sum of n independent documents the squared variation is that of one, divided by the mean

@@ -87,9 +87,7 @@ def through(published: Spread, most: float = math.inf) -> Quantiles:
         slopes = (inner[0] / tilt, *inner, inner[-1] * tilt)
         return Quantiles(at, logs, slopes, most)
 
-    tilt = _solve(
-        lambda tilt: tilted(tilt).moment(1), published.mean, 1 / _MOST_TILT, _MOST_TILT
-    )
+    tilt = _solve(lambda tilt: tilted(tilt).moment(1), published.mean, 1 / _MOST_TILT, _MOST_TILT)
     return tilted(tilt)
 
 
