@@ -64,6 +64,7 @@ def _edited(
     new = list(made[-1])
     edits = revisions.inserted + revisions.moved
     fresh = 0
+    gone = sorted({d for documents in made for d in documents} - set(made[-1]))
     for _ in range(1 + rng.poisson(max(edits - 1, 0))):
         place = int(len(new) * _place(revisions.depth, rng))
         if rng.random() * edits >= revisions.inserted:
@@ -71,9 +72,8 @@ def _edited(
             if other < len(new):
                 new[other - 1], new[other] = new[other], new[other - 1]
             continue
-        gone = sorted({d for documents in made for d in documents} - set(new))
         if gone and rng.random() < revisions.returned:
-            document = gone[int(rng.integers(len(gone)))]
+            document = gone.pop(int(rng.integers(len(gone))))
         else:
             document = known + fresh
             fresh += 1
@@ -100,7 +100,7 @@ def measure_revisions(traces: Iterable[Trace]) -> Revisions:
     Raises ValueError if there is no update in which a list changed.
     """
     sizes: list[int] = []
-    inserted = returned = moved = edited = flipped = flippable = 0
+    inserted = returnable = returned = moved = edited = flipped = flippable = 0
     places: list[float] = []
     for trace in traces:
         lists = list(_changed(trace))
@@ -116,6 +116,7 @@ def measure_revisions(traces: Iterable[Trace]) -> Revisions:
             moving = _moved(old, new)
             edited += 1
             inserted += len(coming)
+            returnable += len(coming) if seen - set(old) else 0
             returned += len(coming & seen)
             moved += len(moving)
             seen |= coming
@@ -128,7 +129,7 @@ def measure_revisions(traces: Iterable[Trace]) -> Revisions:
         inserted=inserted / edited,
         moved=moved / edited,
         depth=float(np.mean(places)) if places else 0.5,
-        returned=returned / inserted if inserted else 0.0,
+        returned=returned / returnable if returnable else 0.0,
         flips=flipped / flippable if flippable else 0.0,
     )
 

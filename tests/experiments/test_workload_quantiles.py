@@ -27,7 +27,7 @@ def test_a_fit_goes_through_the_points_and_has_the_mean(spread: Spread) -> None:
 def test_moments_are_those_of_the_values(spread: Spread) -> None:
     fit = through(spread, most=4 * spread.percentiles[-1][1])
     values = fit.values((np.arange(200_000) + 0.5) / 200_000)
-    assert values.max() == pytest.approx(4 * spread.percentiles[-1][1])
+    assert values.max() <= 4 * spread.percentiles[-1][1]
     assert fit.moment(1) == pytest.approx(values.mean(), rel=1e-3)
     assert fit.squared_variation == pytest.approx(values.var() / values.mean() ** 2, rel=1e-2)
 
@@ -61,7 +61,7 @@ def test_counts_that_cannot_have_the_mean_keep_the_median() -> None:
     values = counted(Counts(3.9, median=2, least=1, most=5), 1000).values(
         (np.arange(1000) + 0.5) / 1000
     )
-    assert np.median(values) in (2, 3)
+    assert 2 <= np.median(values) <= 2.5
 
 
 @given(st.integers(0, 300), st.integers(0, 10))

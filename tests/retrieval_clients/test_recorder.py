@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from retrieval_clients import Page
-from retrieval_clients.recorder import record, replay
+from retrieval_clients import Page, record, replay
 from retrieval_clients.traces import Trace, TraceDocument, TraceMode, TraceStep, recorded_traces
 from sglang_stream.sdk.items import parse_chunk, parse_context
 
