@@ -62,21 +62,19 @@ def _edited(
 ) -> tuple[list[int], int]:
     """The last list after some edits, and how many documents are known then."""
     new = list(made[-1])
-    edits = revisions.inserted + revisions.moved
-    fresh = 0
+    mean = revisions.inserted + revisions.moved
+    edits = 1 + rng.poisson(max(mean - 1, 0))
+    insertions = rng.binomial(edits, revisions.inserted / mean)
+    for _ in range(edits - insertions):
+        place = max(int(len(new) * _place(revisions.depth, rng)), 1)
+        if place < len(new):
+            new[place - 1], new[place] = new[place], new[place - 1]
     gone = sorted({d for documents in made for d in documents} - set(made[-1]))
-    for _ in range(1 + rng.poisson(max(edits - 1, 0))):
+    for number in range(insertions):
         place = int(len(new) * _place(revisions.depth, rng))
-        if rng.random() * edits >= revisions.inserted:
-            other = max(place, 1)
-            if other < len(new):
-                new[other - 1], new[other] = new[other], new[other - 1]
-            continue
+        document = known + number
         if gone and rng.random() < revisions.returned:
             document = gone.pop(int(rng.integers(len(gone))))
-        else:
-            document = known + fresh
-            fresh += 1
         new = [*new[:place], document, *new[place:-1]]
     return _renumbered(new, known)
 

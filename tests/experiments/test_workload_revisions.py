@@ -82,5 +82,5 @@ def test_without_a_change_there_is_nothing_to_measure(traces: list[Trace]) -> No
 def test_what_is_generated_is_measured_again(revisions: Revisions) -> None:
     rng = np.random.default_rng(0)
     measured = measure_revisions(trace(*revise(revisions, 8, rng)) for _ in range(1500))
-    # Less where edits undo each other: a document that comes in is pushed out again.
-    assert astuple(measured) == pytest.approx(astuple(revisions), rel=0.2, abs=0.03)
+    # Less where one edit undoes another: what has come in or moved is pushed out by the next.
+    assert astuple(measured) == pytest.approx(astuple(revisions), rel=0.3, abs=0.03)
