@@ -98,6 +98,7 @@ def test_numbers_of_streams_must_be_positive(streams: str) -> None:
         main(["lcp", f"--streams={streams}"])
 
 
+@pytest.mark.long
 def test_on_the_running_engine() -> None:
     """What needs one worker only, and the measure of workers apart against that one."""
     rows: list[Row] = []

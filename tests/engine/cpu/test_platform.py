@@ -188,8 +188,14 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
 
 @pytest.fixture(
     scope="module",
-    params=[(), ("--device", "cpu", "--page-size", "16", "--tp", "2")],
-    ids=["plain", "pages-and-two-ranks"],
+    params=[
+        pytest.param((), id="plain"),
+        pytest.param(
+            ("--device", "cpu", "--page-size", "16", "--tp", "2"),
+            id="pages-and-two-ranks",
+            marks=pytest.mark.long,
+        ),
+    ],
 )
 def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
