@@ -33,10 +33,10 @@ class RowFile:
 
     def add(self, row: Row) -> None:
         """Appends one row; it is in the file when this returns."""
-        self.add_all([row])
+        self.extend([row])
 
-    def add_all(self, rows: Iterable[Row]) -> None:
-        """Appends rows at once."""
+    def extend(self, rows: Iterable[Row]) -> None:
+        """Appends many rows at once."""
         with self.path.open("a") as lines:
             lines.writelines(json.dumps(row) + "\n" for row in rows)
 

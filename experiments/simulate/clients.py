@@ -11,6 +11,7 @@ for nothing, and the last step is also the seal, as for a client inside the serv
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 from experiments.simulate.batches import Request
@@ -112,7 +113,7 @@ class StreamingClient(Client):
     def begin(self) -> None:
         self._clock.at(self.arrival_s, self._open)
         for step in self.query.steps:
-            self._clock.at(self.arrival_s + step.at_s, lambda step=step: self._came(step))
+            self._clock.at(self.arrival_s + step.at_s, partial(self._came, step))
 
     def _open(self) -> None:
         opening = opening_of(self.query)

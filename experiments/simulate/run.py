@@ -14,7 +14,8 @@ from experiments import display
 from experiments.rows import RowFile, manifest
 from experiments.simulate.cluster import Cell, simulate
 from experiments.spec import CellsSpec, Spec, load_spec
-from experiments.workload.load import load_of
+from experiments.workload.arrivals import arrivals_of
+from experiments.workload.load import queries_of
 from sglang_stream.config import load_profile
 
 
@@ -48,16 +49,17 @@ def run(
     file = RowFile(out)
     file.add(manifest(machine.model, [], wanted.workload.seed) | _told(wanted, profile))
     cells = list(cells_of(wanted.cells))
+    queries = queries_of(wanted.workload)
     console = display.console()
     with display.progress() as progress:
         task = progress.add_task("", total=len(cells))
         for cell in cells:
             progress.update(task, description=_title(cell))
-            load = load_of(wanted.workload, cell.qps, cell.seed)
+            load = arrivals_of(wanted.workload, queries, cell.qps, cell.seed)
             rows = simulate(
                 machine, wanted.engine, cell, load, wanted.workload.output_tokens, wanted.name
             )
-            file.add_all([msgspec.structs.asdict(row) for row in rows])
+            file.extend(map(msgspec.structs.asdict, rows))
             progress.advance(task)
     console.print(f"{len(cells)} cells: their rows are in {out}", soft_wrap=True)
 
