@@ -58,6 +58,7 @@ def build_app() -> typer.Typer:
     app.command(context_settings=forwarded)(bench)
     app.command(context_settings=forwarded)(calibrate)
     app.command(context_settings=forwarded)(workload)
+    app.command(context_settings=forwarded)(simulate)
     app.command()(version)
     return app
 
@@ -255,6 +256,13 @@ def calibrate(ctx: typer.Context) -> None:
 def workload(ctx: typer.Context) -> None:
     """Generate queries shaped as the published ones, and compare their percentiles."""
     from experiments.workload.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def simulate(ctx: typer.Context) -> None:
+    """Simulate an evaluation on a machine's profile, at full scale and without the machine."""
+    from experiments.simulate.run import main as run
 
     raise typer.Exit(run(ctx.args))
 
