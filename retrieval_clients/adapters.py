@@ -140,7 +140,7 @@ async def _next(iterator: AsyncIterator[Any]) -> Any:
 
 
 def _text_of(event: Any) -> str | None:
-    """The new text of an event, "" if it brings none (usage, a role, a tool call); None for None."""
+    """The new text of an event, "" if it brings none (usage, a role); None for the end."""
     if event is None or isinstance(event, str):
         return event
     choices = _field(event, "choices") or ()

@@ -271,7 +271,7 @@ def progressive_search(
 
 
 def recall(found: Sequence[Hit], exact: Sequence[Hit]) -> float:
-    """The share of `exact` that was found, wherever in the list; 1.0 if there is nothing to find."""
+    """The share of `exact` that was found, at whatever rank; 1.0 if there is nothing to find."""
     wanted = {hit.id for hit in exact}
     return len(wanted & {hit.id for hit in found}) / len(wanted) if wanted else 1.0
 

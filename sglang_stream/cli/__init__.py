@@ -58,6 +58,7 @@ def build_app() -> typer.Typer:
     app.command(context_settings=forwarded)(bench)
     app.command(context_settings=forwarded)(calibrate)
     app.command(context_settings=forwarded)(workload)
+    app.command(context_settings=forwarded)(progressive)
     app.command()(version)
     return app
 
@@ -255,6 +256,14 @@ def calibrate(ctx: typer.Context) -> None:
 def workload(ctx: typer.Context) -> None:
     """Generate queries shaped as the published ones, and compare their percentiles."""
     from experiments.workload.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def progressive(ctx: typer.Context) -> None:
+    """Stream a progressive search over installed documentation into the engine, and measure."""
+    _require("ann", "faiss", "sklearn")
+    from experiments.progressive.run import main as run
 
     raise typer.Exit(run(ctx.args))
 
