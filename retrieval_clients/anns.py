@@ -16,12 +16,13 @@ faiss belongs to the extra `ann` and is imported when it is first needed.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 import anyio
 import numpy as np
@@ -32,6 +33,7 @@ from sglang_stream.errors import InvalidRequest
 
 IndexKind = Literal["ivf", "hnsw"]
 Vectors = NDArray[np.float32]
+T = TypeVar("T")
 
 # faiss warns if k-means has fewer vectors a centroid, and its lists are then mostly noise.
 _LEAST_VECTORS_PER_LIST = 39
@@ -116,7 +118,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         if self.k < 1 or self.growth <= 1 or self.step_s < 0:
             raise InvalidRequest("a search needs k of 1 or more, growth over 1 and step_s from 0")
-        if (self.max_effort or 1) < 1 or (self.stable_steps or 1) < 1:
+        if any(bound is not None and bound < 1 for bound in (self.max_effort, self.stable_steps)):
             raise InvalidRequest("max_effort and stable_steps are None, or 1 or more")
 
 
@@ -242,13 +244,13 @@ class ProgressiveSearch:
     ) -> AsyncGenerator[TopK, None]:
         exact: tuple[Hit, ...] | None = None
         if settings.with_recall:
-            exact = await to_thread.run_sync(index.search_exactly, vector, settings.k)
+            exact = await _in_thread(index.search_exactly, vector, settings.k)
         began = time.monotonic()
         last_ids: list[str] | None = None
         unchanged = 0
         for step, effort in zip(count(1), index.efforts(settings), strict=False):
             step_ends = time.monotonic() + settings.step_s
-            hits = await to_thread.run_sync(index.search, vector, settings.k, effort)
+            hits = await _in_thread(index.search, vector, settings.k, effort)
             await anyio.sleep(max(0.0, step_ends - time.monotonic()))
             self.steps = step
             ids = [hit.id for hit in hits]
@@ -274,6 +276,20 @@ def recall(found: Sequence[Hit], exact: Sequence[Hit]) -> float:
     """The share of `exact` that was found, at whatever rank; 1.0 if there is nothing to find."""
     wanted = {hit.id for hit in exact}
     return len(wanted & {hit.id for hit in found}) / len(wanted) if wanted else 1.0
+
+
+async def _in_thread(function: Callable[..., T], *arguments: object) -> T:
+    """What a function returns that runs in a thread; when cancelled, waits for its end first.
+
+    anyio's own call does that for its cancel scopes, but not where a task is cancelled by asyncio.
+    """
+    running = asyncio.create_task(to_thread.run_sync(function, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait({running})
+        raise
 
 
 def require_ann_extra() -> None:
