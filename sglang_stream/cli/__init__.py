@@ -262,7 +262,7 @@ def workload(ctx: typer.Context) -> None:
 
 def progressive(ctx: typer.Context) -> None:
     """Stream a progressive search over installed documentation into the engine, and measure."""
-    _require("ann", "faiss", "sklearn")
+    _require("server,ann", "sglang", "faiss", "sklearn")
     from experiments.progressive.run import main as run
 
     raise typer.Exit(run(ctx.args))
