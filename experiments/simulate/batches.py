@@ -117,22 +117,28 @@ class Batches:
         self.running: list[Request] = []
         self.chunked: Request | None = None
         self.planner = Planner(POLICIES[policy], limits.preemption, cost)
+        self._cost = cost
         self._pool = pool
         self._table = table
         self._limits = limits
         self._orders_requests = policy != "default"
         self._decode_is_due = False
+        self._decode_until_s = 0.0
 
     def form(self) -> Formed:
         """The next iteration's slices, admitted: their prefixes are locked, their KV allocated."""
         formed = Formed()
         passes: list[tuple[Key, Stream, int]] = []
+        later: list[Request] = []
         if self._table.live:
             self._place()
-            decision = self._decide()
+            full = self._full_views()
+            decision = self._decide(full)
             self._apply(decision, formed)
             passes = self._passes(decision)
+            later = self._postpone(full)
         formed.slices = _Adder(self, self._pool, self._limits.batch_tokens).fill(passes)
+        self.queue += later
         for part in formed.slices:
             self._pool.allocate(part.end - part.start)
             if isinstance(part.owner, Stream):
@@ -140,7 +146,20 @@ class Batches:
         self._decode_is_due = bool(formed.slices) and all(
             isinstance(part.owner, Stream) for part in formed.slices
         )
+        if self._decode_is_due:
+            prefill = self._cost.prefill
+            works = [prefill.work_s(part.end - part.start, part.start) for part in formed.slices]
+            self._decode_until_s = self._table.now + 2 * (prefill.base_s + sum(works))
         return formed
+
+    def make_room_to_decode(self) -> list[int]:
+        """Preempts streams if the next decode step would not fit; returns the lengths of their
+        copies to host memory."""
+        deficit = len(self.running) - self._pool.available
+        if deficit <= 0:
+            return []
+        victims = self.planner.make_room(self._table.kv.order.views, deficit, self._pool_view())
+        return [t for victim in victims if (t := self._table.kv.preempt(victim))]
 
     def admitted(self, request: Request) -> None:
         """A request has its own lock now; its stream's is given back."""
@@ -161,7 +180,9 @@ class Batches:
         if not request.arrival:
             request.arrival, request.since_s = self._table.arrive(), self._table.now
         stream = request.stream
-        held = request.done if stream is None else stream.held
+        # A request that has been begun holds what it has computed; its stream does not any more.
+        own = stream is None or request is self.chunked
+        held = request.done if own else stream.held
         saved = 0 if stream is None else stream.saved
         ready = max(held, saved)
         missing = max(0, request.tokens - ready)
@@ -180,15 +201,15 @@ class Batches:
 
     # --- decide -------------------------------------------------------------------------------
 
-    def _decide(self) -> Decision:
+    def _decide(self, full: list[View]) -> Decision:
         table = self._table
-        full = self._full_views()
         if not full and not table.kv.to_compute:
             return Decision()
-        reserve = sum(r.reserve for r in self.running)
-        left = self._pool.available - reserve
-        pool = PoolView(left, left, self._pool.page, table.kv.host.capacity)
-        return self.planner.plan(full, table.kv.order.views, pool, self._budget())
+        return self.planner.plan(full, table.kv.order.views, self._pool_view(), self._budget())
+
+    def _pool_view(self) -> PoolView:
+        left = self._pool.available - sum(r.reserve for r in self.running)
+        return PoolView(left, left, self._pool.page, self._table.kv.host.capacity)
 
     def _full_views(self) -> list[View]:
         """The full requests that the next iteration could admit, in the order of the queue."""
@@ -205,8 +226,9 @@ class Batches:
 
     def _budget(self) -> Budget:
         """What passes may take of the next iteration. After one of passes alone the running
-        requests decode once."""
-        if self._decode_is_due and self.running:
+        requests decode for as long as it took, and once at least."""
+        decodes = self._decode_is_due or self._table.now < self._decode_until_s
+        if decodes and self.running:
             return Budget(0, 0.0)
         seconds = self._limits.pass_s
         due_s = self._table.next_due_s()
@@ -235,6 +257,19 @@ class Batches:
             key = kv.policy(stream.view(self._pool.page, kv.prefill))
             passes.append((key, stream, chosen.tokens))
         return passes
+
+
+    def _postpone(self, full: list[View]) -> list[Request]:
+        """Takes full requests that are not to share the next iteration out of the queue."""
+        if len(self._table.live) == self._table.open_count:
+            return []  # nobody is sealed
+        together = self.planner.together(full, self._limits.batch_tokens)
+        if together == len(full):
+            return []
+        kept = together - (self.chunked is not None)
+        later = self.queue[kept:]
+        del self.queue[kept:]
+        return later
 
 
 class _Adder:

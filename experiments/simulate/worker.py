@@ -121,6 +121,7 @@ class Worker:
             self._end_after(wait_s + seconds, lambda: self._finish_prefill(formed.slices))
         elif self.batches.running:
             running = list(self.batches.running)
+            self._copy(self.batches.make_room_to_decode(), [])
             self.pool.allocate(len(running))
             for request in running:
                 request.decoded += 1

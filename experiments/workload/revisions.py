@@ -111,7 +111,7 @@ def measure_revisions(traces: Iterable[Trace]) -> Revisions:
                 flipped += 1
                 continue
             coming = set(new) - set(old)
-            moving = _moved(old, new)
+            moving = out_of_place(old, new)
             edited += 1
             inserted += len(coming)
             returnable += len(coming) if seen - set(old) else 0
@@ -142,7 +142,7 @@ def _changed(trace: Trace) -> Iterator[tuple[str, ...]]:
         before = ids
 
 
-def _moved(old: Sequence[str], new: Sequence[str]) -> set[str]:
+def out_of_place(old: Sequence[str], new: Sequence[str]) -> set[str]:
     """The fewest documents of both lists that must change places to turn one order into the
     other: those outside a longest rising run of their places in the old list."""
     place = {d: i for i, d in enumerate(old)}

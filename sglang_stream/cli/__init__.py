@@ -59,6 +59,7 @@ def build_app() -> typer.Typer:
     app.command(context_settings=forwarded)(calibrate)
     app.command(context_settings=forwarded)(workload)
     app.command(context_settings=forwarded)(simulate)
+    app.command(context_settings=forwarded)(progressive)
     app.command()(version)
     return app
 
@@ -263,6 +264,14 @@ def workload(ctx: typer.Context) -> None:
 def simulate(ctx: typer.Context) -> None:
     """Simulate an evaluation on a machine's profile, at full scale and without the machine."""
     from experiments.simulate.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def progressive(ctx: typer.Context) -> None:
+    """Stream a progressive search over installed documentation into the engine, and measure."""
+    _require("server,ann", "sglang", "faiss", "sklearn")
+    from experiments.progressive.run import main as run
 
     raise typer.Exit(run(ctx.args))
 

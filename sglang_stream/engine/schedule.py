@@ -60,6 +60,7 @@ class Scheduling:
         self.configure(config.policy, config.preemption, config.cost)
         self._passes_built = 0
         self._decode_is_due = False
+        self._decode_until_s = 0.0
         self._decisions = 0
         self._digest = hashlib.blake2b(digest_size=8)
         self.running_passes = 0
@@ -166,7 +167,9 @@ class Scheduling:
         if not hasattr(request, "stream_arrival"):
             request.stream_arrival = table.arrive(), table.now
         arrival, since_s = request.stream_arrival
-        held = len(request.prefix_indices) if stream is None else stream.held
+        # A request that has been begun holds what it has computed; its stream does not any more.
+        own = stream is None or request is self._scheduler.chunked_req
+        held = len(request.prefix_indices) if own else stream.held
         saved = 0 if stream is None else stream.saved
         tokens = len(request.origin_input_ids) + len(request.output_ids)
         left = request.sampling_params.max_new_tokens - len(request.output_ids)
@@ -223,8 +226,10 @@ class Scheduling:
 
     def _budget(self, running_batch: ScheduleBatch) -> Budget:
         """What passes may take of the next iteration."""
-        # After an iteration of passes alone the running requests decode once: they are full.
-        if self._decode_is_due and not running_batch.is_empty():
+        # After an iteration of passes alone the running requests, which are full, decode for as
+        # long as it took, and once at least.
+        decodes = self._decode_is_due or self._table.now < self._decode_until_s
+        if decodes and not running_batch.is_empty():
             return Budget(0, 0.0)
         tokens = self._config.pass_tokens
         if self._planner.cost is None:
@@ -346,3 +351,8 @@ class Scheduling:
         self._decode_is_due = (
             bool(tickets) and batch is not None and len(tickets) == len(batch.reqs)
         )
+        if self._decode_is_due and batch is not None and self._planner.cost is not None:
+            # Predicted rather than measured: with the overlap schedule it has only been started.
+            prefill = self._planner.cost.prefill
+            works = [prefill.work_s(r.extend_input_len, len(r.prefix_indices)) for r in batch.reqs]
+            self._decode_until_s = self._table.now + 2 * (prefill.base_s + sum(works))

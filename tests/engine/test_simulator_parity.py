@@ -44,6 +44,7 @@ from sglang_stream.policy import (
     PolicyName,
     Preemption,
     Prefill,
+    View,
 )
 
 COST = CostModel(Prefill(0.002, 1e-4, 1e-8), Copying(1e-3, 1e-6), Copying(1e-3, 1e-6))
@@ -110,9 +111,14 @@ class EngineSide:
         self.scheduling = Scheduling(self.scheduler, self.table, config, None)
         self.scheduling.learn(COST)
 
-    def decide(self) -> Decision:
+    def decide(self) -> tuple[Decision, list[str]]:
+        """What is planned, and which full requests are left for the next iteration."""
         self.scheduling._place(self.scheduler.waiting_queue)
-        return self.scheduling._decide(self.running)
+        full = self.scheduling._full_views(self.running)
+        decision = self.scheduling._decide(full, self.running)
+        later = self.scheduling._postpone(full)
+        self.scheduler.waiting_queue += later
+        return decision, [request.rid for request in later]
 
     def compute(self, decision: Decision, slices: list[Slice]) -> None:
         """Does what was decided, then what the simulator admits."""
@@ -183,17 +189,23 @@ class SimulatorSide:
         self.table = StreamTable(kv)
         limits = Limits(BATCH_TOKENS, 2048, PASS_MS / 1000, engine.preemption)
         self.batches = Batches(self.pool, self.table, engine.policy, COST, limits)
-        self.decision = Decision()
-        decide = self.batches._decide
+        self.decision, self.later = Decision(), list[str]()
+        decide, postpone = self.batches._decide, self.batches._postpone
 
-        def noted() -> Decision:
-            self.decision = decide()
+        def decided(full: list[View]) -> Decision:
+            self.decision = decide(full)
             return self.decision
 
-        self.batches._decide = noted  # type: ignore[method-assign]
+        def postponed(full: list[View]) -> list[Request]:
+            later = postpone(full)
+            self.later = [request.id for request in later]
+            return later
+
+        self.batches._decide = decided  # type: ignore[method-assign]
+        self.batches._postpone = postponed  # type: ignore[method-assign]
 
     def form(self) -> list[Slice]:
-        self.decision = Decision()
+        self.decision, self.later = Decision(), []
         return self.batches.form().slices
 
     def end(self, slices: list[Slice]) -> None:
@@ -291,9 +303,10 @@ class Both:
         self.engine.table.now = self.simulator.table.now = now
         for _ in range(self._rng.randint(0, 4)):
             self.random_event()
-        decision = self.engine.decide()
+        decision, later = self.engine.decide()
         slices = self.simulator.form()
         assert self.simulator.decision == decision
+        assert self.simulator.later == later
         self.engine.compute(decision, slices)
         self.simulator.end(slices)
         self.check()

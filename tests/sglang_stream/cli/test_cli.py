@@ -70,6 +70,7 @@ def test_help_needs_the_base_packages_only(start: Start, command: str) -> None:
         ("demo",),
         ("bench",),
         ("calibrate", "--out", "profile.json"),
+        ("progressive",),
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(start: Start, arguments: tuple[str, ...]) -> None:
