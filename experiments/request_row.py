@@ -1,4 +1,8 @@
-"""The row of one request, the same from the runner and from the simulator.
+"""The rows of a load, the same from the runner and from the simulator; `kind` tells them apart.
+
+    request   one request, from its arrival to its last token
+    event     what happened to a request or on a worker at one time, for timelines
+    cell      the load is over: without this row it was broken off
 
 Times are seconds after the load began. `ttft_s` counts from `iterator_end_s`, when the iterator of
 chunks has yielded its last one: with an open loop that is `last_chunk_s`, when it was due, unless
@@ -14,7 +18,7 @@ import msgspec
 RequestMode = Literal["waiting", "streaming", "resend"]
 
 
-class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
+class RequestRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="request"):
     """One request of one load. A refused one has `failed` and no times after the seal.
 
     `seed`: of the arrivals, so of the repetition. `machine`: name of the profile or of the
@@ -51,3 +55,50 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
     recomputed_tokens: int | None = None
     swapped_tokens: int | None = None
     failed: str | None = None
+
+
+EventName = Literal[
+    "chunk", "seal", "first_token", "end", "pass", "prefill", "decode", "preempt", "restore"
+]
+
+
+class EventRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="event"):
+    """What happened at `t_s`, or from then on for `seconds`, to `query_id` or on `worker`.
+
+    `chunk`, `seal`, `first_token`, `end`: of a request, seen by its client. `pass`: tokens of an
+    open stream computed; `prefill`: those of a complete request; `decode`: a step, `tokens`
+    requests; `preempt`: KV given up; `restore`: KV copied back.
+    """
+
+    source: Literal["engine", "simulator"]
+    machine: str
+    workload: str
+    mode: RequestMode
+    stream_policy: str | None
+    placement: str | None
+    qps: float
+    seed: int
+    what: EventName
+    t_s: float
+    seconds: float = 0.0
+    tokens: int = 0
+    query_id: str | None = None
+    worker: str | None = None
+
+
+class CellRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="cell"):
+    """The end of one load. `makespan_s`: of the last answer; `counted`: what the workers counted
+    meanwhile (see `bench.counters`)."""
+
+    source: Literal["engine", "simulator"]
+    machine: str
+    workload: str
+    mode: RequestMode
+    stream_policy: str | None
+    placement: str | None
+    qps: float
+    seed: int
+    requests: int
+    failed: int
+    makespan_s: float
+    counted: dict[str, int] = {}
