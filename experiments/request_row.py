@@ -18,13 +18,9 @@ import msgspec
 RequestMode = Literal["waiting", "streaming", "resend"]
 
 
-class RequestRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="request"):
-    """One request of one load. A refused one has `failed` and no times after the seal.
-
-    `seed`: of the arrivals, so of the repetition. `machine`: name of the profile or of the
-    machine. `cached_tokens`: prompt tokens found in the cache, 0 for waiting. Counters are those
-    of `usage.stream`, None where the mode has none.
-    """
+class LoadRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
+    """Which load a row is of. `machine`: name of the profile or of the machine. `stream_policy`:
+    None unless streaming. `seed`: of the arrivals, so of the repetition."""
 
     source: Literal["engine", "simulator"]
     machine: str
@@ -34,6 +30,15 @@ class RequestRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", ta
     placement: str | None
     qps: float
     seed: int
+
+
+class RequestRow(LoadRow, frozen=True, kw_only=True, tag="request"):
+    """One request of one load. A refused one has `failed` and no times after the seal.
+
+    `cached_tokens`: prompt tokens found in the cache, 0 for waiting. Counters are those of
+    `usage.stream`, None where the mode has none.
+    """
+
     query_id: str
     arrival_s: float
     last_chunk_s: float
@@ -62,7 +67,7 @@ EventName = Literal[
 ]
 
 
-class EventRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="event"):
+class EventRow(LoadRow, frozen=True, kw_only=True, tag="event"):
     """What happened at `t_s`, or from then on for `seconds`, to `query_id` or on `worker`.
 
     `chunk`, `seal`, `first_token`, `end`: of a request, seen by its client. `pass`: tokens of an
@@ -70,14 +75,6 @@ class EventRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     requests; `preempt`: KV given up; `restore`: KV copied back.
     """
 
-    source: Literal["engine", "simulator"]
-    machine: str
-    workload: str
-    mode: RequestMode
-    stream_policy: str | None
-    placement: str | None
-    qps: float
-    seed: int
     what: EventName
     t_s: float
     seconds: float = 0.0
@@ -86,18 +83,10 @@ class EventRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     worker: str | None = None
 
 
-class CellRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="cell"):
+class CellRow(LoadRow, frozen=True, kw_only=True, tag="cell"):
     """The end of one load. `makespan_s`: of the last answer; `counted`: what the workers counted
     meanwhile (see `bench.counters`)."""
 
-    source: Literal["engine", "simulator"]
-    machine: str
-    workload: str
-    mode: RequestMode
-    stream_policy: str | None
-    placement: str | None
-    qps: float
-    seed: int
     requests: int
     failed: int
     makespan_s: float
