@@ -25,17 +25,20 @@ from experiments.report.summary import summary
 from experiments.rows import Row, machine_of, manifest
 from experiments.server import default_model, running_server
 from experiments.spec import Spec, load_spec, spec_fields
-from experiments.workload.contents import Contents
-from experiments.workload.load import load_of
-from sglang_stream.errors import StreamError, WorkerUnavailable
+from experiments.tokens import ModelTokenizer
+from experiments.workload.arrivals import arrivals_of
+from experiments.workload.load import contents_of, queries_of
+from sglang_stream.errors import InvalidRequest, StreamError, WorkerUnavailable
 
 INTERRUPTED = 130
+_VOCABULARY = range(300, 8000)  # ordinary tokens of every model
 _START_S = 20.0  # what the start of a server counts for in the time that is left
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run, and on what. `model_path`: None where a server runs at `base_url` already."""
+    """What to run, and on what: on servers of its own, or on the one at `base_url`. `model_path`:
+    None where nothing needs it."""
 
     spec: Spec
     model_path: str | None
@@ -115,15 +118,13 @@ def replay(
     limit_s = None if goodput is None else goodput_limit_s(goodput)
     if limit_s is None and spec.goodput_ttft_ms is not None:
         limit_s = spec.goodput_ttft_ms / 1e3
-    model: str | None = None
     flags = shlex.split(sglang_flags)
-    if base_url is None:
-        model = model_path or default_model()
-        flags = [*([] if model_path else ["--dtype", "float32"]), *flags]
-    else:
-        require_one_server(cells, base_url)
-    settings = Settings(spec, model, flags, base_url, events)
-    head = manifest(model or base_url or "", flags, spec.workload.seed)
+    if base_url is not None:
+        _check_running(base_url, cells, flags, spec, model_path)
+    elif model_path is None:
+        model_path, flags = default_model(), ["--dtype", "float32", *flags]
+    settings = Settings(spec, model_path, flags, base_url, events)
+    head = manifest(model_path or "", flags, spec.workload.seed)
     head["machine"] = machine or machine_of(head)
     conditions = _conditions(settings, head)
     ledger = Ledger(out or Path(".cache/replay") / f"{spec.name}.jsonl", conditions)
@@ -151,6 +152,24 @@ def replay(
     console.print(f"The rows are in {ledger.path}", soft_wrap=True)
 
 
+def _check_running(
+    base_url: str, cells: Sequence[Cell], flags: list[str], spec: Spec, model_path: str | None
+) -> None:
+    """Raises InvalidRequest for what cannot be done with a server that runs already."""
+    require_one_server(cells, base_url)
+    if flags:
+        raise InvalidRequest(
+            "--sglang-flags are for servers that are started here: leave them or --base-url away",
+            param="--sglang-flags",
+        )
+    if spec.workload.trace is not None and model_path is None:
+        raise InvalidRequest(
+            "workload.trace has texts: give --model-path with the tokenizer of the model at "
+            "--base-url",
+            param="--model-path",
+        )
+
+
 def _conditions(settings: Settings, head: Row) -> Row:
     """All that the rows of a cell depend on, besides the code."""
     return {
@@ -172,8 +191,10 @@ def _run(
 ) -> None:
     """All cells, those of one server after the other on it."""
     spec = settings.spec
-    loads = {(c.qps, c.seed): load_of(spec.workload, c.qps, c.seed) for c in cells}
-    contents = Contents(spec.workload)
+    tokenize = ModelTokenizer(settings.model_path or "")
+    queries = queries_of(spec.workload, lambda text: len(tokenize(text)))
+    loads = {(c.qps, c.seed): arrivals_of(spec.workload, queries, c.qps, c.seed) for c in cells}
+    contents = contents_of(spec.workload, _VOCABULARY, tokenize)
     seconds = {at: max(a.at_s + a.query.last_chunk_s for a in load) for at, load in loads.items()}
     servers = [(server, list(own)) for server, own in groupby(cells, lambda cell: cell.server)]
     total = sum(seconds[c.qps, c.seed] for c in cells) + _START_S * len(servers)
@@ -201,9 +222,9 @@ def _run(
 
 
 def _server(settings: Settings, flags: list[str]) -> AbstractContextManager[str]:
-    if settings.model_path is None:
-        return nullcontext((settings.base_url or "").rstrip("/"))
-    return running_server(settings.model_path, [*flags, *settings.flags])
+    if settings.base_url is not None:
+        return nullcontext(settings.base_url.rstrip("/"))
+    return running_server(settings.model_path or "", [*flags, *settings.flags])
 
 
 def _finish(replaying: Coroutine[None, None, None], url: str) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.request_row import RequestMode, RequestRow
+from experiments.request_row import LoadRow, RequestMode, RequestRow
 from experiments.stats import Interval, ratios_of_percentiles
 from sglang_stream.errors import InvalidRequest
 
@@ -112,12 +112,15 @@ class Measured:
         return sum(known) if known else None
 
 
+def setting_of(row: LoadRow) -> Setting:
+    return Setting(row.source, row.machine, row.workload, row.placement)
+
+
 def measured(rows: Iterable[RequestRow]) -> list[Measured]:
     """The cells with an answered request, in the order in which they first come."""
     of: dict[tuple[Setting, How], list[RequestRow]] = defaultdict(list)
     for row in rows:
-        setting = Setting(row.source, row.machine, row.workload, row.placement)
-        of[setting, How(row.mode, row.stream_policy, row.qps)].append(row)
+        of[setting_of(row), How(row.mode, row.stream_policy, row.qps)].append(row)
     cells = [Measured(setting, how, tuple(own)) for (setting, how), own in of.items()]
     return [cell for cell in cells if cell.answered]
 
