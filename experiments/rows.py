@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -33,8 +33,12 @@ class RowFile:
 
     def add(self, row: Row) -> None:
         """Appends one row; it is in the file when this returns."""
+        self.extend([row])
+
+    def extend(self, rows: Iterable[Row]) -> None:
+        """Appends many rows at once."""
         with self.path.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[Row]:

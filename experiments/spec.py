@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from experiments.request_row import RequestMode
+from experiments.workload.generator import Rest
+from experiments.workload.published import WorkloadKind
+from retrieval_clients.traces import OnBad
 from sglang_stream.config import PlacementName
 from sglang_stream.errors import InvalidRequest
 from sglang_stream.policy import Invalidation, PolicyName, Preemption
@@ -25,13 +28,17 @@ Some = Annotated[tuple[T, ...], msgspec.Meta(min_length=1)]
 
 class WorkloadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is asked. `kind`: the shape, also of a trace. `trace`: a folder (crawler) or a query
-    map (anns) on disk, else generated from `seed`. `scale` divides tokens, `delay` multiplies
+    map (anns) on disk, or a recorded file (.jsonl), else generated from `seed`. `on_bad`: what
+    becomes of a trace's bad rows. `rest`: where generated retrievals spend the time that the gaps
+    leave, before the first chunk or before the last. `scale` divides tokens, `delay` multiplies
     retrieval times. `arrivals`: a file of gaps in seconds, else Poisson. Paths begin at the
     specification's folder."""
 
-    kind: Literal["crawler", "anns"]
+    kind: WorkloadKind
     queries: Count
     trace: Path | None = None
+    on_bad: OnBad = "stop"
+    rest: Rest = "first"
     arrivals: Path | None = None
     seed: int = 0
     scale: Positive = 1.0

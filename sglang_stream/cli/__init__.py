@@ -57,6 +57,7 @@ def build_app() -> typer.Typer:
     app.command(context_settings=forwarded)(demo)
     app.command(context_settings=forwarded)(bench)
     app.command(context_settings=forwarded)(calibrate)
+    app.command(context_settings=forwarded)(workload)
     app.command()(version)
     return app
 
@@ -247,6 +248,13 @@ def calibrate(ctx: typer.Context) -> None:
     """Measure prefill, swaps and decode on this machine, and write its profile."""
     _require("server", "sglang")
     from experiments.calibrate.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def workload(ctx: typer.Context) -> None:
+    """Generate queries shaped as the published ones, and compare their percentiles."""
+    from experiments.workload.run import main as run
 
     raise typer.Exit(run(ctx.args))
 
