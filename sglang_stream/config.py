@@ -151,7 +151,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     `kind`: measured on it, or derived from published figures. `pass_ms`: how long an iteration
     with passes may be. `kv_bytes_per_token`: over all devices; `kv_tokens`: the KV pool.
-    `samples`: the file of what was measured, beside the profile's own.
+    `call`: seconds from a client's call until the scheduler has it, and as long back; None where it
+    is not known. `samples`: the file of what was measured, beside the profile's own.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     swap_out: Figure[Copying]
     swap_in: Figure[Copying]
     decode: Figure[Decode]
+    call: Figure[float] | None = None
     samples: str | None = None
 
     @property

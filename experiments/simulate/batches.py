@@ -1,0 +1,327 @@
+"""Which prefill slices make up the next iteration of a worker.
+
+The counterpart of `sglang_stream/engine/schedule.py` and `passes.py`, and of SGLang's
+`PrefillAdder`, in the same four steps:
+
+    place     full requests are put in the order of the policy
+    decide    the planner sees them, all streams and the pool
+    apply     victims are unlocked or swapped out, copies come back from host memory
+    form      full requests and passes are admitted, in order, within tokens and memory
+
+Every running request's output is set aside in full (SGLang's estimate is lower at first), so that
+none is ever retracted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from experiments.simulate.holdings import Stream
+from experiments.simulate.pool import Node, Pool, Prompt
+from experiments.simulate.table import StreamTable
+from sglang_stream.policy import (
+    POLICIES,
+    Budget,
+    CostModel,
+    Decision,
+    Planner,
+    PolicyName,
+    PoolView,
+    Preemption,
+    View,
+)
+from sglang_stream.policy.policies import Key
+
+_CLIP_MAX_NEW = 4096  # tokens of an answer that SGLang sets aside at most
+_SHORTEST = 4  # a pass before an expected seal takes at least this part of the usual time
+
+
+@dataclass(eq=False)
+class Request:
+    """A full request. `prompt`, `tokens`: with the question; `output`: tokens to generate;
+    `stream`: the sealed one that it ends; `root`: of the tree with its KV. `node`: the end of what
+    it has locked; `done`: tokens of the prompt whose KV is cached; `found`: those that were when it
+    was admitted; `generated`: tokens so far; `decoded`: those that have KV here; `sent`: tokens
+    whose KV has gone to a decode worker."""
+
+    id: str
+    root: Node
+    prompt: Prompt
+    tokens: int
+    output: int
+    stream: Stream | None = None
+    arrival: int = 0
+    since_s: float = 0.0
+    key: Key = ()
+    node: Node | None = None
+    done: int = 0
+    found: int = 0
+    generated: int = 0
+    decoded: int = 0
+    sent: int = 0
+
+    @property
+    def space(self) -> int:
+        """KV tokens of prompt and answer."""
+        return self.tokens + self.output
+
+    @property
+    def reserve(self) -> int:
+        """Tokens that it may still decode, as SGLang counts them."""
+        return min(max(self.output - self.generated, 0), _CLIP_MAX_NEW)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Tokens `start` to `end` of a prompt, computed in one iteration for a request or, as a pass,
+    for an open stream. `node`: the end of the prefix that it has locked."""
+
+    owner: Request | Stream
+    prompt: Prompt
+    start: int
+    end: int
+    node: Node
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`batch_tokens`: of an iteration; `pass_tokens`, `pass_s`: of its passes; `preemption`: see
+    `policy.types`."""
+
+    batch_tokens: int
+    pass_tokens: int
+    pass_s: float
+    preemption: Preemption
+
+
+@dataclass
+class Formed:
+    """An iteration's slices, the lengths of copies that are made before it, and whether anybody's
+    KV was given up or came back."""
+
+    slices: list[Slice] = field(default_factory=list)
+    swapped_out: list[int] = field(default_factory=list)
+    swapped_in: list[int] = field(default_factory=list)
+    has_moved: bool = False
+
+
+class Batches:
+    """`queue`: full requests that wait; `running`: those that decode; `chunked`: one whose prompt
+    is computed in several iterations."""
+
+    def __init__(
+        self, pool: Pool, table: StreamTable, policy: PolicyName, cost: CostModel, limits: Limits
+    ) -> None:
+        self.queue: list[Request] = []
+        self.running: list[Request] = []
+        self.chunked: Request | None = None
+        self.planner = Planner(POLICIES[policy], limits.preemption, cost)
+        self._pool = pool
+        self._table = table
+        self._limits = limits
+        self._orders_requests = policy != "default"
+        self._decode_is_due = False
+
+    def form(self) -> Formed:
+        """The next iteration's slices, admitted: their prefixes are locked, their KV allocated."""
+        formed = Formed()
+        passes: list[tuple[Key, Stream, int]] = []
+        if self._table.live:
+            self._place()
+            decision = self._decide()
+            self._apply(decision, formed)
+            passes = self._passes(decision)
+        formed.slices = _Adder(self, self._pool, self._limits.batch_tokens).fill(passes)
+        for part in formed.slices:
+            self._pool.allocate(part.end - part.start)
+            if isinstance(part.owner, Stream):
+                self._table.kv.started(part.owner)
+        self._decode_is_due = bool(formed.slices) and all(
+            isinstance(part.owner, Stream) for part in formed.slices
+        )
+        return formed
+
+    def admitted(self, request: Request) -> None:
+        """A request has its own lock now; its stream's is given back."""
+        self.queue.remove(request)
+        if request.stream is not None:
+            self._table.admitted(request.stream)
+
+    # --- place --------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        for request in self.queue:
+            if request.stream is not None or not request.key:
+                request.key = self._table.kv.policy(self._full_view(request))
+        if self._orders_requests:
+            self.queue.sort(key=lambda r: r.key)
+
+    def _full_view(self, request: Request) -> View:
+        stream = request.stream
+        held = request.done if stream is None else stream.held
+        saved = 0 if stream is None else stream.saved
+        ready = max(held, saved)
+        missing = max(0, request.tokens - ready)
+        return View(
+            id=request.id if stream is None else stream.id,
+            arrival=request.arrival if stream is None else stream.arrival,
+            tokens=request.tokens,
+            held=held,
+            full=True,
+            latest=request.arrival if stream is None else stream.latest,
+            saved=saved,
+            reserve=request.reserve + 2 * self._pool.page,
+            since_s=request.since_s if stream is None else stream.since_s,
+            work_s=self._table.kv.prefill.work_s(missing, ready),
+        )
+
+    # --- decide -------------------------------------------------------------------------------
+
+    def _decide(self) -> Decision:
+        table = self._table
+        full = self._full_views()
+        if not full and not table.kv.to_compute:
+            return Decision()
+        reserve = sum(r.reserve for r in self.running)
+        left = self._pool.available - reserve
+        pool = PoolView(left, left, self._pool.page, table.kv.host.capacity)
+        return self.planner.plan(full, table.kv.order.views, pool, self._budget())
+
+    def _full_views(self) -> list[View]:
+        """The full requests that the next iteration could admit, in the order of the queue."""
+        budget = self._limits.batch_tokens
+        queue = self.queue if self.chunked is None else [self.chunked, *self.queue]
+        full: list[View] = []
+        for request in queue:
+            if budget <= 0:
+                break
+            view = self._full_view(request)
+            full.append(view)
+            budget -= max(1, view.tokens - view.ready)
+        return full
+
+    def _budget(self) -> Budget:
+        """What passes may take of the next iteration. After one of passes alone the running
+        requests decode once."""
+        if self._decode_is_due and self.running:
+            return Budget(0, 0.0)
+        seconds = self._limits.pass_s
+        due_s = self._table.next_due_s()
+        if due_s is not None:
+            seconds = min(seconds, max(seconds / _SHORTEST, due_s - self._table.now))
+        return Budget(self._limits.pass_tokens, seconds)
+
+    # --- apply --------------------------------------------------------------------------------
+
+    def _apply(self, decision: Decision, formed: Formed) -> None:
+        kv = self._table.kv
+        formed.swapped_out = [t for victim in decision.victims if (t := kv.preempt(victim))]
+        formed.swapped_in = [t for stream_id in decision.restores if (t := kv.restore(stream_id))]
+        formed.has_moved = bool(decision.victims or formed.swapped_in)
+
+    def _passes(self, decision: Decision) -> list[tuple[Key, Stream, int]]:
+        """The planned passes: key, stream, tokens at most."""
+        kv = self._table.kv
+        passes: list[tuple[Key, Stream, int]] = []
+        for chosen in decision.passes:
+            stream = self._table.live[chosen.id]
+            if stream.hold is None:
+                kv.hold(stream)
+                if stream.held >= stream.cacheable(self._pool.page):
+                    continue
+            key = kv.policy(stream.view(self._pool.page, kv.prefill))
+            passes.append((key, stream, chosen.tokens))
+        return passes
+
+
+class _Adder:
+    """What still fits into one iteration. `_tokens`: to compute; `_reserved`: KV set aside for what
+    was admitted and for the answers of those that decode."""
+
+    def __init__(self, batches: Batches, pool: Pool, tokens: int) -> None:
+        self._batches = batches
+        self._pool = pool
+        self._tokens = tokens
+        self._reserved = sum(r.reserve for r in batches.running)
+        self._slices: list[Slice] = []
+
+    def fill(self, passes: Sequence[tuple[Key, Stream, int]]) -> list[Slice]:
+        """Admits full requests in the order of the queue, and each pass before those that come
+        after it in the policy's order."""
+        batches = self._batches
+        if batches.chunked is not None:
+            self._go_on(batches.chunked)
+        waiting = list(passes)[::-1]
+        for request in list(batches.queue):
+            while waiting and waiting[-1][0] < request.key and self._is_open():
+                self._add_pass(*waiting.pop()[1:])
+            if not self._is_open() or not self._add_request(request):
+                return self._slices
+        while waiting and self._is_open():
+            self._add_pass(*waiting.pop()[1:])
+        return self._slices
+
+    def _is_open(self) -> bool:
+        return self._tokens > 0 and self._room() > 0
+
+    def _room(self) -> int:
+        return self._pool.available - self._reserved
+
+    def _go_on(self, request: Request) -> None:
+        """The next slice of the request that is computed in several iterations."""
+        assert request.node is not None
+        room = min(self._tokens, self._room())
+        end = min(request.tokens, request.done + (room if room > 0 else self._tokens))
+        self._admit(request, request.done, end, request.node)
+
+    def _add_request(self, request: Request) -> bool:
+        """False if it does not fit, so that nothing after it is looked at."""
+        pool = self._pool
+        node, length = pool.match(request.root, request.prompt)
+        length = min(length, request.tokens - 1)  # the last token is always computed
+        length -= length % pool.page
+        if request.stream is None:
+            request.done = length
+        need = request.tokens - length + request.reserve + pool.page
+        if need >= self._room() - pool.unlocked(node):
+            return False
+        new = request.tokens - length
+        if self._paged(new) > self._tokens:
+            new = (length + self._tokens) // pool.page * pool.page - length
+            if new <= 0 or self._batches.chunked is not None:
+                return False
+        pool.lock(node)
+        request.done = request.found = length
+        request.node = node
+        self._batches.admitted(request)
+        self._admit(request, length, length + new, node)
+        return True
+
+    def _add_pass(self, stream: Stream, tokens: int) -> None:
+        """Cuts a pass to what fits, and leaves it out if nothing does."""
+        pool = self._pool
+        node, start = pool.match(stream.root, stream.prompt)
+        memory = self._room() - pool.unlocked(node) - 2 * pool.page
+        end = min(start + min(tokens, self._tokens, memory), stream.tokens)
+        end -= end % pool.page
+        if end <= start:
+            return
+        pool.lock(node)
+        self._slices.append(Slice(stream, stream.prompt, start, end, node))
+        self._take(end - start, 0)
+
+    def _admit(self, request: Request, start: int, end: int, node: Node) -> None:
+        is_last = end == request.tokens
+        self._batches.chunked = None if is_last else request
+        self._slices.append(Slice(request, request.prompt, start, end, node))
+        self._take(end - start, request.reserve if is_last else 0)
+
+    def _take(self, new: int, answer: int) -> None:
+        new = self._paged(new)
+        self._tokens -= new
+        self._reserved += new + self._pool.page + answer
+
+    def _paged(self, tokens: int) -> int:
+        return -(-tokens // self._pool.page) * self._pool.page
+

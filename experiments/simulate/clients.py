@@ -1,0 +1,196 @@
+"""Who asks: one client for each request of a load, in one of the modes.
+
+    waiting    one ordinary request when the last step has come
+    resend     an ordinary request at each step, of all that has come so far
+    streaming  open, a call for each step, seal
+
+By `sdk` a client makes one call after the other, each after the answer to the one before; steps
+that come meanwhile go into the next call (the newest list of an update stream). `direct` calls wait
+for nothing, and the last step is also the seal, as for a client inside the server's process.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from experiments.simulate.batches import Request
+from experiments.simulate.events import Action, Clock
+from experiments.simulate.holdings import Stream
+from experiments.simulate.pool import Node, Prompt
+from experiments.simulate.table import tokens_of
+from experiments.simulate.worker import Worker
+from experiments.workload.shapes import Arrived, Document, Query, Step
+
+
+class Server(Protocol):
+    """What clients call. `call_s`: from a call until the worker has it, and back."""
+
+    clock: Clock
+    call_s: float
+
+    def place(self, tokens: int, roots: dict[str, Node], prompt: Prompt) -> Worker:
+        """The worker for a prompt of which so much is known; `roots`: its trees by worker."""
+
+    def ask(self, worker: Worker, request: Request, client: Client | None) -> None:
+        """Hands a worker a full request; the client hears of its tokens."""
+
+
+class Client:
+    """One request. `stream`, `request`: once they are there; times as in `RequestRow`."""
+
+    def __init__(self, server: Server, arrived: Arrived, output: int) -> None:
+        self.query = arrived.query
+        self.arrival_s = arrived.at_s
+        self.stream: Stream | None = None
+        self.request: Request | None = None
+        self.seal_s: float | None = None
+        self.first_token_s: float | None = None
+        self.end_s: float | None = None
+        self._server = server
+        self._clock = server.clock
+        self._output = output
+
+    @property
+    def last_chunk_s(self) -> float:
+        return self.arrival_s + self.query.last_chunk_s
+
+    def begin(self) -> None:
+        """Plans all that it will do."""
+        raise NotImplementedError
+
+    def _ask_at(self, time_s: float, roots: dict[str, Node], steps: int) -> None:
+        """Sends an ordinary request with the first `steps` steps at that time."""
+        query = self.query
+        is_last = steps == len(query.steps)
+        prompt = opening_of(query) + query.context(steps)
+        prompt += question_of(query) if is_last else ()
+
+        def ask() -> None:
+            worker = self._server.place(tokens_of(prompt), roots, prompt)
+            root = roots.setdefault(worker.name, Node())
+            name = query.query_id if is_last else f"{query.query_id}/{steps}"
+            output = self._output if is_last else 1
+            request = Request(name, root, prompt, tokens_of(prompt), output)
+            if is_last:
+                self.seal_s, self.request = self._clock.now, request
+            client = self if is_last else None
+            self._later(lambda: self._server.ask(worker, request, client))
+
+        self._clock.at(time_s, ask)
+
+    def _later(self, action: Action) -> None:
+        """What a call does when it has arrived."""
+        self._clock.at(self._clock.now + self._server.call_s, action)
+
+
+class WaitingClient(Client):
+    def begin(self) -> None:
+        self._ask_at(self.last_chunk_s, {}, len(self.query.steps))
+
+
+class ResendClient(Client):
+    def begin(self) -> None:
+        roots: dict[str, Node] = {}
+        for number, step in enumerate(self.query.steps, 1):
+            self._ask_at(self.arrival_s + step.at_s, roots, number)
+
+
+class StreamingClient(Client):
+    """`_pending`: steps that have come and are not sent; `_is_calling`: an answer is awaited."""
+
+    def __init__(
+        self, server: Server, arrived: Arrived, output: int, *, awaits_answers: bool
+    ) -> None:
+        super().__init__(server, arrived, output)
+        self._awaits_answers = awaits_answers
+        self._pending: list[Step] = []
+        self._is_calling = False
+        self._worker: Worker | None = None
+
+    def begin(self) -> None:
+        self._clock.at(self.arrival_s, self._open)
+        for step in self.query.steps:
+            self._clock.at(self.arrival_s + step.at_s, lambda step=step: self._came(step))
+
+    def _open(self) -> None:
+        opening = opening_of(self.query)
+        self._worker = worker = self._server.place(tokens_of(opening), {}, opening)
+
+        def open_stream() -> None:
+            self.stream = worker.table.open(self.query.query_id, self.query.mode, opening)
+
+        self._call(open_stream)
+
+    def _came(self, step: Step) -> None:
+        self._pending.append(step)
+        if not self._is_calling:
+            self._next()
+
+    def _next(self) -> None:
+        """The next call, if there is one to make."""
+        if self.seal_s is not None:
+            return
+        is_last = self._clock.now >= self.last_chunk_s
+        if self._pending:
+            steps, self._pending = self._pending, []
+            seals = is_last and not self._awaits_answers
+            if seals:
+                self.seal_s = self._clock.now
+
+            def send() -> None:
+                self._apply(steps)
+                if seals:
+                    self._seal()
+
+            self._call(send)
+        elif is_last:
+            self.seal_s = self._clock.now
+            self._call(self._seal)
+
+    def _call(self, action: Action) -> None:
+        """A call to the stream's worker."""
+        assert self._worker is not None
+        worker = self._worker
+        self._is_calling = self._awaits_answers
+
+        def handle() -> None:
+            action()
+            if self._awaits_answers:
+                self._later(self._answered)
+
+        self._later(lambda: worker.post(handle))
+
+    def _answered(self) -> None:
+        self._is_calling = False
+        self._next()
+
+    def _apply(self, steps: list[Step]) -> None:
+        assert self._worker is not None and self.stream is not None
+        table = self._worker.table
+        if self.query.mode == "update":
+            table.update(self.stream, steps[-1].documents)
+        else:
+            table.append(self.stream, tuple(d for step in steps for d in step.documents))
+
+    def _seal(self) -> None:
+        assert self._worker is not None and self.stream is not None
+        stream = self.stream
+        self._worker.table.seal(stream)
+        prompt = stream.prompt + question_of(self.query)
+        self.request = Request(
+            stream.id, stream.root, prompt, tokens_of(prompt), self._output, stream
+        )
+        self._server.ask(self._worker, self.request, self)
+
+
+def opening_of(query: Query) -> Prompt:
+    return _one("opening", query.opening_tokens)
+
+
+def question_of(query: Query) -> Prompt:
+    return _one("question", query.question_tokens)
+
+
+def _one(name: str, tokens: int) -> Prompt:
+    """A document that no retriever names."""
+    return (Document(f"\0{name}", tokens),) if tokens else ()
