@@ -34,7 +34,7 @@ class Server(NamedTuple):
             "--invalidation": engine.invalidation,
             "--stream-host-memory-gb": engine.host_memory_gb,
             "--stream-pass-ms": engine.pass_ms,
-            "--stream-pass-tokens": engine.batch_tokens,
+            "--stream-pass-tokens": engine.pass_tokens,
             "--chunked-prefill-size": engine.batch_tokens,
             "--page-size": engine.page,
             "--max-total-tokens": engine.kv_tokens,

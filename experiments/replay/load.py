@@ -78,12 +78,21 @@ async def replay_load(
         rows = await _watched(http, _all([one(arrived) for arrived in load]), watch_s)
         refused = [row.failed for row in rows if row.failed is not None]
         if len(refused) == len(rows):
-            raise EngineFailure(f"{cell.name}: no request was answered; the first says: {refused[0]}")
+            raise EngineFailure(
+                f"{cell.name}: no request was answered; the first says: {refused[0]}"
+            )
         end_s = max(row.end_s for row in rows if row.end_s is not None)
         await empty_caches(http)
         counted = counted_since(before, _counters_of(workers))
-        sizes = {"requests": len(rows), "failed": len(refused), "makespan_s": end_s}
-        add(CellRow(**keys, **sizes, counted=counted))
+        add(
+            CellRow(
+                **keys,
+                requests=len(rows),
+                failed=len(refused),
+                makespan_s=end_s,
+                counted=counted,
+            )
+        )
 
 
 def _counters_of(workers: Sequence[str]) -> dict[str, float]:

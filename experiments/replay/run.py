@@ -199,7 +199,7 @@ def _run(
     servers = [(server, list(own)) for server, own in groupby(cells, lambda cell: cell.server)]
     total = sum(seconds[c.qps, c.seed] for c in cells) + _START_S * len(servers)
     step = progress.add_task("", total=total)
-    described = {"source": "engine", "machine": machine, "workload": spec.workload.kind}
+    described = {"source": "engine", "machine": machine, "workload": spec.name}
     for number, (server, own) in enumerate(servers, start=1):
         progress.update(step, description=f"server {number} of {len(servers)}: starting")
         with _server(settings, server.flags(spec.engine)) as url:

@@ -65,9 +65,7 @@ def ttft_ccdf(setting: Setting, cells: Sequence[Measured]) -> Drawing:
         _finish(axes, f"{qps:g} QPS", "TTFT, s", "share above", log_x=True)
         axes.set_yscale("log")
     _legend(figure, panels)
-    return Drawing(
-        "ttft-ccdf", f"Share of requests whose TTFT is above a time, {setting}.", figure
-    )
+    return Drawing("ttft-ccdf", f"Share of requests whose TTFT is above a time, {setting}.", figure)
 
 
 def ttft_against_qps(
@@ -86,7 +84,9 @@ def ttft_against_qps(
             if published is not None:
                 known = [(qps, published_ttft_s(published, qps).get(name)) for qps in rates]
                 points = [(qps, of[i]) for qps, of in known if of is not None]
-                axes.plot(*zip(*points, strict=True) if points else ([], []), "x", color=_colour(name))
+                axes.plot(
+                    *zip(*points, strict=True) if points else ([], []), "x", color=_colour(name)
+                )
         _finish(axes, f"P{percent}", "requests a second", "TTFT, s", log_x=True)
         axes.set_yscale("log")
     _legend(figure, panels)
@@ -99,7 +99,13 @@ def completion(setting: Setting, cells: Sequence[Measured]) -> Drawing:
     figure, panels = _panels(cells)
     for axes, (qps, own) in zip(panels, _by_qps(cells).items(), strict=True):
         boxes = [
-            dict(zip(("whislo", "q1", "med", "q3", "whishi"), np.percentile(cell.completion_s, (5, 25, 50, 75, 95)), strict=True))
+            dict(
+                zip(
+                    ("whislo", "q1", "med", "q3", "whishi"),
+                    np.percentile(cell.completion_s, (5, 25, 50, 75, 95)),
+                    strict=True,
+                )
+            )
             | {"fliers": [], "label": cell.how.name}
             for cell in own
         ]

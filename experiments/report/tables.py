@@ -15,6 +15,7 @@ from experiments.report.measures import (
     Measured,
     Setting,
     speed_up,
+    times_sooner,
     waiting_beside,
 )
 from experiments.stats import Interval
@@ -96,8 +97,8 @@ def _in_published_form(cell: Measured | None, cells: Sequence[Measured]) -> str:
     base = waiting_beside(cell, cells)
     if cell.how.name in _AS_SECONDS or base is None:
         return " / ".join(f"{seconds:.4f}" for seconds in cell.ttft(PUBLISHED_PERCENTS))
-    gains = speed_up(base, cell, PUBLISHED_PERCENTS)
-    return " / ".join(f"{gain.value:.3f}x" for gain in gains) if gains else ""
+    gains = times_sooner(base, cell, PUBLISHED_PERCENTS)
+    return " / ".join(f"{gain:.3f}x" for gain in gains) if gains else ""
 
 
 def beside_published(
@@ -111,14 +112,13 @@ def beside_published(
         if seconds is None:
             continue
         base = waiting_beside(cell, cells)
-        gains = speed_up(base, cell, PUBLISHED_PERCENTS) if base is not None else None
+        gains = times_sooner(base, cell, PUBLISHED_PERCENTS) if base is not None else None
         known = published_speed_up(published, cell.how.qps).get(cell.how.name)
         for i, percent in enumerate(PUBLISHED_PERCENTS):
             own = cell.ttft([percent])[0]
             times = ("", "", "")
             if gains and known:
-                gain, other = gains[i], known[i]
-                times = (_times(gain), f"{other:.3f}x", f"{gain.value / other:.2f}")
+                times = (f"{gains[i]:.3f}x", f"{known[i]:.3f}x", f"{gains[i] / known[i]:.2f}")
             lines.append(
                 (
                     f"{cell.how.qps:g}",
@@ -231,10 +231,6 @@ def counters(setting: Setting, cells: Sequence[Measured]) -> Table:
         tuple(lines),
         "Tokens, and numbers, of a request in the mean.",
     )
-
-
-def _times(gain: Interval) -> str:
-    return f"{gain.value:.3f}x"
 
 
 def _with_interval(gain: Interval) -> str:

@@ -57,6 +57,8 @@ def build_app() -> typer.Typer:
     app.command(context_settings=forwarded)(demo)
     app.command(context_settings=forwarded)(bench)
     app.command(context_settings=forwarded)(calibrate)
+    app.command(context_settings=forwarded)(replay)
+    app.command(context_settings=forwarded)(report)
     app.command(context_settings=forwarded)(workload)
     app.command()(version)
     return app
@@ -255,6 +257,22 @@ def calibrate(ctx: typer.Context) -> None:
 def workload(ctx: typer.Context) -> None:
     """Generate queries shaped as the published ones, and compare their percentiles."""
     from experiments.workload.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def replay(ctx: typer.Context) -> None:
+    """Replay a workload under every policy of a specification on the real engine."""
+    _require("server", "sglang")
+    from experiments.replay.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def report(ctx: typer.Context) -> None:
+    """Write tables, figures and one page from the rows of replay and simulate."""
+    _require("experiments", "matplotlib", "jinja2")
+    from experiments.report.run import main as run
 
     raise typer.Exit(run(ctx.args))
 
