@@ -60,8 +60,9 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The workers, real or simulated. `kv_tokens`: of a prefill worker's pool; `batch_tokens`: of
     one iteration (SGLang's --chunked-prefill-size); `pass_tokens`: of its passes. With
     `decode_workers` they are apart, else `prefill_workers` unified ones. `host_memory_gb`: GiB of
-    all devices together in the simulator, of each rank on an engine. `flags` go to `sglang-stream serve` only; `client` is the
-    simulator's: `sdk` awaits the answer to each call, `direct` seals with the last chunk."""
+    each device on an engine, of all together in the simulator. `flags` go to `sglang-stream serve`
+    only. `client` is the simulator's: `sdk` awaits the answer to each call, `direct` seals with the
+    last chunk."""
 
     prefill_workers: Count = 1
     decode_workers: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -324,4 +324,3 @@ class _Adder:
 
     def _paged(self, tokens: int) -> int:
         return -(-tokens // self._pool.page) * self._pool.page
-

@@ -11,6 +11,7 @@ for nothing, and the last step is also the seal, as for a client inside the serv
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 from experiments.simulate.batches import Request
@@ -96,7 +97,8 @@ class ResendClient(Client):
 
 
 class StreamingClient(Client):
-    """`_pending`: steps that have come and are not sent; `_is_calling`: an answer is awaited."""
+    """`_pending`: steps that have come and are not sent; `_to_come`: how many others there are;
+    `_is_calling`: an answer is awaited."""
 
     def __init__(
         self, server: Server, arrived: Arrived, output: int, *, awaits_answers: bool
@@ -104,13 +106,14 @@ class StreamingClient(Client):
         super().__init__(server, arrived, output)
         self._awaits_answers = awaits_answers
         self._pending: list[Step] = []
+        self._to_come = len(arrived.query.steps)
         self._is_calling = False
         self._worker: Worker | None = None
 
     def begin(self) -> None:
         self._clock.at(self.arrival_s, self._open)
         for step in self.query.steps:
-            self._clock.at(self.arrival_s + step.at_s, lambda step=step: self._came(step))
+            self._clock.at(self.arrival_s + step.at_s, partial(self._came, step))
 
     def _open(self) -> None:
         opening = opening_of(self.query)
@@ -123,6 +126,7 @@ class StreamingClient(Client):
 
     def _came(self, step: Step) -> None:
         self._pending.append(step)
+        self._to_come -= 1
         if not self._is_calling:
             self._next()
 
@@ -130,7 +134,7 @@ class StreamingClient(Client):
         """The next call, if there is one to make."""
         if self.seal_s is not None:
             return
-        is_last = self._clock.now >= self.last_chunk_s
+        is_last = not self._to_come
         if self._pending:
             steps, self._pending = self._pending, []
             seals = is_last and not self._awaits_answers
@@ -165,7 +169,8 @@ class StreamingClient(Client):
         self._next()
 
     def _apply(self, steps: list[Step]) -> None:
-        assert self._worker is not None and self.stream is not None
+        assert self._worker is not None
+        assert self.stream is not None
         table = self._worker.table
         if self.query.mode == "update":
             table.update(self.stream, steps[-1].documents)
@@ -173,7 +178,8 @@ class StreamingClient(Client):
             table.append(self.stream, tuple(d for step in steps for d in step.documents))
 
     def _seal(self) -> None:
-        assert self._worker is not None and self.stream is not None
+        assert self._worker is not None
+        assert self.stream is not None
         stream = self.stream
         self._worker.table.seal(stream)
         prompt = stream.prompt + question_of(self.query)

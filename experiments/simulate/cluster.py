@@ -104,9 +104,7 @@ class Cluster:
             case "resend":
                 return ResendClient(self, arrived, output)
             case "streaming":
-                return StreamingClient(
-                    self, arrived, output, awaits_answers=self._awaits_answers
-                )
+                return StreamingClient(self, arrived, output, awaits_answers=self._awaits_answers)
 
     # --- what clients call --------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """A decode worker: room for a prompt's KV before it is computed, then one token a step.
 
-    reserve --(room)--> [prefill elsewhere, KV on its way] --start--> running --step--> ended
+reserve --(room)--> [prefill elsewhere, KV on its way] --start--> running --step--> ended
 """
 
 from __future__ import annotations

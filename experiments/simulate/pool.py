@@ -207,7 +207,8 @@ class Pool:
             heappush(self._leaves, (not node.left, node.access, self._pushed, node))
 
     def _remove(self, leaf: Node) -> None:
-        assert leaf.parent is not None and leaf.document is not None
+        assert leaf.parent is not None
+        assert leaf.document is not None
         del leaf.parent.children[leaf.document]
         self.evictable -= leaf.cached
         self.free += leaf.cached
@@ -224,7 +225,8 @@ def _path(node: Node) -> Iterator[Node]:
 
 
 def _is_in_tree(node: Node) -> bool:
-    assert node.parent is not None and node.document is not None
+    assert node.parent is not None
+    assert node.document is not None
     return node.parent.children.get(node.document) is node
 
 

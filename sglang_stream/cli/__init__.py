@@ -60,6 +60,7 @@ def build_app() -> typer.Typer:
     app.command(context_settings=forwarded)(replay)
     app.command(context_settings=forwarded)(report)
     app.command(context_settings=forwarded)(workload)
+    app.command(context_settings=forwarded)(simulate)
     app.command()(version)
     return app
 
@@ -273,6 +274,13 @@ def report(ctx: typer.Context) -> None:
     """Write tables, figures and one page from the rows of replay and simulate."""
     _require("experiments", "matplotlib", "jinja2")
     from experiments.report.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def simulate(ctx: typer.Context) -> None:
+    """Simulate an evaluation on a machine's profile, at full scale and without the machine."""
+    from experiments.simulate.run import main as run
 
     raise typer.Exit(run(ctx.args))
 
