@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
+
+Values = Sequence[float] | NDArray[np.float64]
 
 _RESAMPLES = 2000
 _FEWER_RESAMPLES = 500  # where there are so many pairs that their edges hardly move
@@ -55,7 +58,7 @@ def ratio_of_percentiles(over: Sequence[float], under: Sequence[float], percent:
 
 
 def ratios_of_percentiles(
-    over: Sequence[float], under: Sequence[float], percents: Sequence[float]
+    over: Values, under: Values, percents: Sequence[float]
 ) -> list[Interval]:
     """The same for several percentiles over the same resampled pairs.
 
@@ -67,7 +70,7 @@ def ratios_of_percentiles(
     count = _RESAMPLES if len(pairs) < _MANY_PAIRS else _FEWER_RESAMPLES
     rng = np.random.default_rng(_SEED)
 
-    def ratios(chosen: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[float]:
+    def ratios(chosen: NDArray[np.float64]) -> list[float]:
         of_both = np.percentile(chosen, percents, axis=0)
         return [float(a / b) for a, b in of_both]
 

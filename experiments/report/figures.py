@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 from experiments.published import PublishedName, published_ttft_s
 from experiments.report.load import Rows
@@ -28,6 +29,7 @@ _COLOURS = {
     "srpf": "#1f78b4",
     "slack": "#66a61e",
 }
+_TICKS = (1.0, 3.0)  # times powers of ten
 _SWAPPED = (128, 1 << 17)  # tokens
 
 
@@ -62,8 +64,7 @@ def ttft_ccdf(setting: Setting, cells: Sequence[Measured]) -> Drawing:
     for axes, (qps, own) in zip(panels, _by_qps(cells).items(), strict=True):
         for cell in own:
             _ccdf(axes, cell.ttft_s, cell.how.name)
-        _finish(axes, f"{qps:g} QPS", "TTFT, s", "share above", log_x=True)
-        axes.set_yscale("log")
+        _finish(axes, f"{qps:g} QPS", "TTFT, s", "share above", log="xy")
     _legend(figure, panels)
     return Drawing("ttft-ccdf", f"Share of requests whose TTFT is above a time, {setting}.", figure)
 
@@ -74,7 +75,7 @@ def ttft_against_qps(
     """P50, P95 and P99 by rate; published ones as crosses."""
     percents = (50, 95, 99)
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    panels = list(figure.subplots(1, len(percents)))
+    panels = list(figure.subplots(1, len(percents), sharey=True))
     for i, (axes, percent) in enumerate(zip(panels, percents, strict=True)):
         for name in dict.fromkeys(cell.how.name for cell in cells):
             own = [cell for cell in cells if cell.how.name == name]
@@ -87,8 +88,9 @@ def ttft_against_qps(
                 axes.plot(
                     *zip(*points, strict=True) if points else ([], []), "x", color=_colour(name)
                 )
-        _finish(axes, f"P{percent}", "requests a second", "TTFT, s", log_x=True)
-        axes.set_yscale("log")
+        _finish(axes, f"P{percent}", "requests a second", "TTFT, s", log="xy")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({cell.how.qps for cell in cells})))
+        axes.minorticks_off()
     _legend(figure, panels)
     crosses = " Crosses: published, on 2x H200." if published else ""
     return Drawing("ttft-qps", f"TTFT against the rate, {setting}.{crosses}", figure)
@@ -109,13 +111,15 @@ def completion(setting: Setting, cells: Sequence[Measured]) -> Drawing:
             | {"fliers": [], "label": cell.how.name}
             for cell in own
         ]
-        drawn = axes.bxp(boxes, patch_artist=True, showfliers=False, widths=0.6)
+        drawn = axes.bxp(
+            boxes, patch_artist=True, showfliers=False, widths=0.6, medianprops={"color": "black"}
+        )
         for patch, cell in zip(drawn["boxes"], own, strict=True):
             patch.set_facecolor(_colour(cell.how.name))
             patch.set_alpha(0.6)
         axes.tick_params(axis="x", rotation=45)
         _finish(axes, f"{qps:g} QPS", "", "completion, s")
-        axes.set_ylim(bottom=0)
+    panels[0].set_ylim(bottom=0)
     return Drawing(
         "completion",
         "From arrival, before any retrieval, to the last token: P5, P25, P50, P75, P95, "
@@ -154,8 +158,7 @@ def recompute_against_swap(profile: Profile) -> Drawing:
     copied = [cost.swap_out.seconds(int(n)) + cost.swap_in.seconds(int(n)) for n in tokens]
     axes.plot(tokens, again, color="#d95f02", label="computed again")
     axes.plot(tokens, copied, color="#1b9e77", label="copied out and back")
-    _finish(axes, profile.name, "tokens held", "s", log_x=True)
-    axes.set_yscale("log")
+    _finish(axes, profile.name, "tokens held", "s", log="xy")
     axes.legend(frameon=False)
     return Drawing(
         f"recompute-swap-{profile.name}",
@@ -197,12 +200,18 @@ def _colour(name: str) -> str:
     return _COLOURS.get(name, "#000000")
 
 
-def _finish(axes: Axes, title: str, x: str, y: str, *, log_x: bool = False) -> None:
+def _finish(axes: Axes, title: str, x: str, y: str, *, log: str = "") -> None:
+    """`log`: which axes are logarithmic, of "xy"; their ticks are plain numbers."""
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if log_x:
-        axes.set_xscale("log")
+    for axis, name in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+        if name in log:
+            axes.set(**{f"{name}scale": "log"})
+            axis.set_major_locator(LogLocator(subs=_TICKS))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize="small")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.label_outer(remove_inner_ticks=False)
@@ -215,6 +224,7 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
         for axes in panels
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
+    columns = len(labels) if len(panels) > 1 else 3
     figure.legend(
-        labels.values(), labels.keys(), loc="outside lower center", ncols=8, frameon=False
+        labels.values(), labels.keys(), loc="outside lower center", ncols=columns, frameon=False
     )

@@ -156,7 +156,7 @@ def times_sooner(base: Measured, cell: Measured, percents: Sequence[float]) -> l
 def speed_up(base: Measured, cell: Measured, percents: Sequence[float]) -> list[Interval] | None:
     """The same with 95 % intervals."""
     pairs = _pairs(base, cell)
-    return ratios_of_percentiles(*pairs.T, percents) if len(pairs) else None
+    return ratios_of_percentiles(pairs[:, 0], pairs[:, 1], percents) if len(pairs) else None
 
 
 def _pairs(base: Measured, cell: Measured) -> Numbers:

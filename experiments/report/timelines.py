@@ -67,29 +67,34 @@ def worker_timeline(events: Sequence[EventRow]) -> Timeline | None:
         return None
     known = Counter(_worker_of(row) for row in on_workers)
     chosen = max(known, key=lambda key: (known[key], str(key)))
-    own = sorted((row for row in on_workers if _worker_of(row) == chosen), key=lambda r: r.t_s)
-    begins = _busiest(own)
+    there = sorted((row for row in on_workers if _worker_of(row) == chosen), key=lambda r: r.t_s)
+    begins = _busiest(there)
+    there = [row for row in there if begins <= row.t_s < begins + _WINDOW_S]
+    streams = dict.fromkeys(_request_of(row) for row in there if row.query_id is not None)
+    lines = list(streams)[:_ROWS]
+    own = [*there, *(row for row in events if row.worker is None and _request_of(row) in lines)]
     own = [row for row in own if begins <= row.t_s < begins + _WINDOW_S]
-    streams = list(dict.fromkeys(row.query_id for row in own if row.query_id is not None))[:_ROWS]
-    figure = Figure(figsize=(_WIDTH, 1.0 + 0.26 * (len(streams) + 1)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.0 + 0.26 * (len(lines) + 1)), layout="constrained")
     axes = figure.subplots()
-    for place, query_id in enumerate(reversed(streams)):
+    for place, request in enumerate(reversed(lines)):
         for what in (*_SPANS, *_MOMENTS):
-            _draw(axes, [r for r in own if r.query_id == query_id and r.what == what], what, place)
+            _draw(
+                axes, [r for r in own if _request_of(r) == request and r.what == what], what, place
+            )
     _draw(axes, [r for r in own if r.query_id is None and r.what == "decode"], "decode", -1)
-    labels = ["", *(str(query_id) for query_id in reversed(streams))]
-    axes.set_yticks(range(-1, len(streams)), labels, fontsize="small")
+    labels = ["decode", *(str(request[-1]) for request in reversed(lines))]
+    axes.set_yticks(range(-1, len(lines)), labels, fontsize="small")
     for what, colour in _SPANS.items():
         axes.plot([], [], color=colour, linewidth=6, label=what)
     for what, (marker, colour) in _MOMENTS.items():
         axes.plot([], [], marker, color=colour, label=what.replace("_", " "))
     figure.legend(loc="outside lower center", ncols=9, frameon=False, fontsize="small")
     _finish(axes)
-    first = own[0]
+    first = there[0]
     return Timeline(
         "timeline-worker",
         f"The worker {first.worker} ({first.stream_policy}, {first.qps:g} QPS), its first "
-        f"{len(streams)} streams in {_WINDOW_S:g} s",
+        f"{len(lines)} streams in {_WINDOW_S:g} s",
         figure,
     )
 
