@@ -109,7 +109,10 @@ async def empty_caches(http: httpx.AsyncClient) -> None:
 
     Raises EngineFailure if streams or requests are in the way.
     """
-    open_streams = (await http.get("/v1/streams")).json()["data"]
+    listed = await http.get("/v1/streams")
+    if listed.status_code != 200:
+        raise EngineFailure(f"the open streams are not told: {listed.text}")
+    open_streams = listed.json()["data"]
     response = await http.post("/flush_cache", params={"timeout": 60})
     if open_streams or response.status_code != 200:
         raise EngineFailure(

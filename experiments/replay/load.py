@@ -76,6 +76,8 @@ async def replay_load(
             return row
 
         rows = await _watched(http, _all([one(arrived) for arrived in load]), watch_s)
+        if not await _is_alive(http):
+            raise _died(http)
         refused = [row.failed for row in rows if row.failed is not None]
         if len(refused) == len(rows):
             raise EngineFailure(
@@ -205,14 +207,18 @@ async def _watched(http: httpx.AsyncClient, work: Awaitable[T], watch_s: float) 
                 return task.result()
             misses = 0 if await _is_alive(http) else misses + 1
             if misses == _MISSES:
-                raise WorkerUnavailable(
-                    f"{http.base_url} does not answer any more: see its log, and run the same "
-                    "command again to go on"
-                )
+                raise _died(http)
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError, StreamError):
             await task
+
+
+def _died(http: httpx.AsyncClient) -> WorkerUnavailable:
+    return WorkerUnavailable(
+        f"{http.base_url} does not answer any more: see its log, and run the same command again "
+        "to go on"
+    )
 
 
 async def _is_alive(http: httpx.AsyncClient) -> bool:

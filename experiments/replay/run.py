@@ -21,7 +21,7 @@ from experiments.replay.ledger import Ledger
 from experiments.replay.load import replay_load
 from experiments.report.load import load_rows
 from experiments.report.measures import goodput_limit_s
-from experiments.report.summary import summary
+from experiments.report.summary import summaries
 from experiments.rows import Row, machine_of, manifest
 from experiments.server import default_model, running_server
 from experiments.spec import Spec, load_spec, spec_fields
@@ -148,7 +148,8 @@ def replay(
         if isinstance(e, KeyboardInterrupt):
             raise typer.Exit(INTERRUPTED) from None
         raise
-    console.print(summary(load_rows([ledger.path]).requests, limit_s))
+    for table in summaries(load_rows([ledger.path]).requests, limit_s):
+        console.print(table)
     console.print(f"The rows are in {ledger.path}", soft_wrap=True)
 
 

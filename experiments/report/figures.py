@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,7 +31,8 @@ _COLOURS = {
     "srpf": "#1f78b4",
     "slack": "#66a61e",
 }
-_TICKS = (1.0, 3.0)  # times powers of ten
+_MANY_DECADES = (1.0, 2.0)
+_TICKS = ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,))  # times powers of ten, up to so many decades, above
 _SWAPPED = (128, 1 << 17)  # tokens
 
 
@@ -208,7 +211,9 @@ def _finish(axes: Axes, title: str, x: str, y: str, *, log: str = "") -> None:
     for axis, name in ((axes.xaxis, "x"), (axes.yaxis, "y")):
         if name in log:
             axes.set(**{f"{name}scale": "log"})
-            axis.set_major_locator(LogLocator(subs=_TICKS))
+            low, high = axis.get_view_interval()
+            decades = math.log10(high / low)
+            axis.set_major_locator(LogLocator(subs=_TICKS[bisect(_MANY_DECADES, decades)]))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize="small")

@@ -1,8 +1,8 @@
-"""The table that `replay` and `simulate` end with: a line for each cell, all seeds together."""
+"""The tables that `replay` ends with: a line for each cell, all seeds together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich.table import Table
 
@@ -19,27 +19,27 @@ from experiments.request_row import RequestRow
 _COMPARED = (50, 95)
 
 
-def summary(requests: Iterable[RequestRow], goodput_ttft_s: float | None) -> Table:
-    """TTFT at percentiles, each cell over waiting at the same rate, and what was got through."""
-    shown = Table(title="Time to first token after the last chunk, seconds")
-    for heading in ("QPS", ""):
-        shown.add_column(heading)
-    for percent in PERCENTS:
-        shown.add_column(f"P{percent}", justify="right")
-    for percent in _COMPARED:
-        shown.add_column(f"waiting / it, P{percent}", justify="right")
-    for heading in ("completion P50, s", "requests/s", "tokens/s"):
-        shown.add_column(heading, justify="right")
-    if goodput_ttft_s is not None:
-        shown.add_column(f"within {goodput_ttft_s * 1e3:g} ms", justify="right")
-    shown.add_column("answered", justify="right")
+def summaries(requests: Iterable[RequestRow], goodput_ttft_s: float | None) -> Iterator[Table]:
+    """TTFT at percentiles, each cell over waiting at the same rate, and what was got through; a
+    table for the cells that are compared with each other."""
     for setting, cells in by_setting(measured(requests)).items():
-        shown.add_row(f"[bold]{setting}[/]")
+        shown = Table(title=f"{setting}: seconds from the last chunk to the first token")
+        shown.add_column("QPS", justify="right")
+        shown.add_column("")
+        for percent in PERCENTS:
+            shown.add_column(f"P{percent}", justify="right")
+        for percent in _COMPARED:
+            shown.add_column(f"waiting / it, P{percent}", justify="right")
+        for heading in ("completion P50, s", "requests/s", "tokens/s"):
+            shown.add_column(heading, justify="right")
+        if goodput_ttft_s is not None:
+            shown.add_column(f"within {goodput_ttft_s * 1e3:g} ms", justify="right")
+        shown.add_column("answered", justify="right")
         for cell in cells:
-            shown.add_row(f"{cell.how.qps:g}", cell.how.name, *_texts(cell, cells, goodput_ttft_s))
-        shown.add_section()
-    shown.caption = "waiting / it: how many times sooner, with 95 % intervals"
-    return shown
+            texts = _texts(cell, cells, goodput_ttft_s)
+            shown.add_row(f"{cell.how.qps:g}", cell.how.name, *texts)
+        shown.caption = "waiting / it: how many times sooner, with 95 % intervals"
+        yield shown
 
 
 def _texts(cell: Measured, cells: list[Measured], goodput_ttft_s: float | None) -> list[str]:
