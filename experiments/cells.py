@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.request_row import LoadRow, RequestMode
+from experiments.request_row import RequestMode
 from experiments.spec import CellsSpec, EngineSpec
 from sglang_stream.config import PlacementName
 from sglang_stream.errors import InvalidRequest
 from sglang_stream.policy import PolicyName
-
-_WITHOUT_STREAMS: PolicyName = "default"
 
 
 class Server(NamedTuple):
@@ -59,10 +57,12 @@ class Cell:
         how = f"{self.mode} {self.policy}" if self.policy else self.mode
         return f"{how}, {self.placement}, {self.qps:g} QPS, seed {self.seed}"
 
-    @property
-    def server(self) -> Server:
-        """Without streams it is the one whose order is SGLang's own."""
-        return Server(self.policy or _WITHOUT_STREAMS, self.placement)
+
+def server_of(cell: Cell, spec: CellsSpec) -> Server:
+    """Without streams it is one whose order is SGLang's own, or the first: with no stream open all
+    are alike."""
+    others = "default" if "default" in spec.policies else spec.policies[0]
+    return Server(cell.policy or others, cell.placement)
 
 
 def cells_of(spec: CellsSpec) -> list[Cell]:
@@ -75,8 +75,8 @@ def cells_of(spec: CellsSpec) -> list[Cell]:
         for mode in spec.modes
         for policy in (spec.policies if mode == "streaming" else (None,))
     ]
-    servers = list(dict.fromkeys(cell.server for cell in cells))
-    return sorted(cells, key=lambda cell: servers.index(cell.server))
+    servers = list(dict.fromkeys(server_of(cell, spec) for cell in cells))
+    return sorted(cells, key=lambda cell: servers.index(server_of(cell, spec)))
 
 
 def require_one_server(cells: Sequence[Cell], base_url: str) -> None:
@@ -91,8 +91,3 @@ def require_one_server(cells: Sequence[Cell], base_url: str) -> None:
                 "leave --base-url away to have a server started for each",
                 param="--base-url",
             )
-
-
-def cell_of(row: LoadRow) -> tuple[str, str | None, str | None, float, int]:
-    """What a row tells of its cell: the fields of `Cell`."""
-    return row.mode, row.stream_policy, row.placement, row.qps, row.seed

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -192,8 +192,16 @@ class _Noise:
         return []
 
 
-async def _all(requests: Sequence[Awaitable[T]]) -> list[T]:
-    return list(await asyncio.gather(*requests))
+async def _all(requests: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all give; when this is cancelled it waits until they have taken back what they began."""
+    tasks = [asyncio.create_task(request) for request in requests]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:  # each once: a second time would break off the taking back
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return [task.result() for task in tasks]
 
 
 async def _watched(http: httpx.AsyncClient, work: Awaitable[T], watch_s: float) -> T:

@@ -16,7 +16,7 @@ import typer
 from rich.progress import Progress, TaskID
 
 from experiments import display
-from experiments.cells import Cell, cells_of, require_one_server
+from experiments.cells import Cell, cells_of, require_one_server, server_of
 from experiments.replay.ledger import Ledger
 from experiments.replay.load import replay_load
 from experiments.report.load import load_rows
@@ -197,7 +197,10 @@ def _run(
     loads = {(c.qps, c.seed): arrivals_of(spec.workload, queries, c.qps, c.seed) for c in cells}
     contents = contents_of(spec.workload, _VOCABULARY, tokenize)
     seconds = {at: max(a.at_s + a.query.last_chunk_s for a in load) for at, load in loads.items()}
-    servers = [(server, list(own)) for server, own in groupby(cells, lambda cell: cell.server)]
+    servers = [
+        (server, list(own))
+        for server, own in groupby(cells, lambda cell: server_of(cell, spec.cells))
+    ]
     total = sum(seconds[c.qps, c.seed] for c in cells) + _START_S * len(servers)
     step = progress.add_task("", total=total)
     described = {"source": "engine", "machine": machine, "workload": spec.name}

@@ -61,6 +61,7 @@ def build_app() -> typer.Typer:
     app.command(context_settings=forwarded)(report)
     app.command(context_settings=forwarded)(workload)
     app.command(context_settings=forwarded)(simulate)
+    app.command(context_settings=forwarded)(reproduce)
     app.command()(version)
     return app
 
@@ -281,6 +282,14 @@ def report(ctx: typer.Context) -> None:
 def simulate(ctx: typer.Context) -> None:
     """Simulate an evaluation on a machine's profile, at full scale and without the machine."""
     from experiments.simulate.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def reproduce(ctx: typer.Context) -> None:
+    """Run the whole evaluation, simulated at full scale and real at a small one, and report."""
+    _require("server,experiments", "sglang", "matplotlib", "jinja2")
+    from experiments.reproduce.run import main as run
 
     raise typer.Exit(run(ctx.args))
 

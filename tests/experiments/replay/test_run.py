@@ -83,6 +83,7 @@ def test_ctrl_c(
     assert replay(spec, out, "--base-url", server.url) == INTERRUPTED
     assert "the same command goes on" in " ".join(capsys.readouterr().out.split())
     assert kinds(out).count("cell") == 1
+    assert server.streams == {}
     assert replay(spec, out, "--base-url", server.url) == 0
     assert len(load_rows([out]).requests) == 12
 
