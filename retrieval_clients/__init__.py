@@ -2,6 +2,20 @@
 
 from retrieval_clients.crawler import Crawl, Page, PageError, crawl
 from retrieval_clients.maintext import MainText, main_text
+from retrieval_clients.recorder import record, replay
+from retrieval_clients.traces import Trace, recorded_traces
 from retrieval_clients.web import CrawlSettings
 
-__all__ = ["Crawl", "CrawlSettings", "MainText", "Page", "PageError", "crawl", "main_text"]
+__all__ = [
+    "Crawl",
+    "CrawlSettings",
+    "MainText",
+    "Page",
+    "PageError",
+    "Trace",
+    "crawl",
+    "main_text",
+    "record",
+    "recorded_traces",
+    "replay",
+]

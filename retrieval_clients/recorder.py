@@ -90,6 +90,8 @@ def _list(item: object) -> list[Any]:
 
 def _document(item: Any) -> TraceDocument:
     """What the SDK would take the item as; without an `id` it is known by its content."""
+    text: object
+    name: object
     if isinstance(item, str):
         text, name = item, None
     elif isinstance(item, Mapping):

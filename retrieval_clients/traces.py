@@ -267,12 +267,12 @@ def _csv_rows(
     csv.field_size_limit(_LONGEST_FIELD)  # the module's own, which is less than a page may have
     try:
         with path.open(newline="", encoding="utf-8") as text:
-            reader = csv.DictReader(text, restkey="", restval=None, strict=True)
+            reader = csv.DictReader(text, strict=True)
             missing = [c for c in columns if c not in (reader.fieldnames or ())]
             if missing:
                 raise _BadRow(1, f"there is no column {missing[0]}")
             for row in reader:
-                if "" in row or None in row.values():
+                if None in row or None in row.values():  # too many fields, too few
                     reason = f"the row has not {len(reader.fieldnames or ())} fields"
                     _refuse(path, _BadRow(reader.line_num, reason), on_bad)
                 else:

@@ -32,7 +32,7 @@ class Compared(NamedTuple):
     @property
     def within(self) -> bool:
         """Whether it is as near as the generator's should be."""
-        return abs(self.ratio - 1) <= TOLERANCE
+        return abs(self.ours - self.published) <= TOLERANCE * self.published
 
 
 def compare(kind: WorkloadKind, queries: Sequence[Query], rest: Rest) -> list[Compared]:

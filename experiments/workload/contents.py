@@ -49,7 +49,7 @@ class RandomContents:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
         places = rng.integers(len(self.vocabulary), size=count)
-        return (self.vocabulary.start + self.vocabulary.step * places).tolist()
+        return [self.vocabulary[place] for place in places.tolist()]
 
 
 class TextContents:

@@ -53,7 +53,8 @@ class Quantiles:
         piece = np.searchsorted(self.at, z)
         knot = np.maximum(piece - 1, 0)
         rise = np.take(self.slopes, piece) * (z - np.take(self.at, knot))
-        return np.minimum(np.exp(np.take(self.logs, knot) + rise), self.most)
+        values: Floats = np.minimum(np.exp(np.take(self.logs, knot) + rise), self.most)
+        return values
 
     def moment(self, order: int) -> float:
         """The mean of the values to this power."""

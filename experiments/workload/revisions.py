@@ -62,21 +62,19 @@ def _edited(
 ) -> tuple[list[int], int]:
     """The last list after some edits, and how many documents are known then."""
     new = list(made[-1])
-    edits = revisions.inserted + revisions.moved
-    fresh = 0
-    for _ in range(1 + rng.poisson(max(edits - 1, 0))):
+    mean = revisions.inserted + revisions.moved
+    edits = 1 + rng.poisson(max(mean - 1, 0))
+    insertions = rng.binomial(edits, revisions.inserted / mean)
+    for _ in range(edits - insertions):
+        place = max(int(len(new) * _place(revisions.depth, rng)), 1)
+        if place < len(new):
+            new[place - 1], new[place] = new[place], new[place - 1]
+    gone = sorted({d for documents in made for d in documents} - set(made[-1]))
+    for number in range(insertions):
         place = int(len(new) * _place(revisions.depth, rng))
-        if rng.random() * edits >= revisions.inserted:
-            other = max(place, 1)
-            if other < len(new):
-                new[other - 1], new[other] = new[other], new[other - 1]
-            continue
-        gone = sorted({d for documents in made for d in documents} - set(new))
+        document = known + number
         if gone and rng.random() < revisions.returned:
-            document = gone[int(rng.integers(len(gone)))]
-        else:
-            document = known + fresh
-            fresh += 1
+            document = gone.pop(int(rng.integers(len(gone))))
         new = [*new[:place], document, *new[place:-1]]
     return _renumbered(new, known)
 
@@ -100,7 +98,7 @@ def measure_revisions(traces: Iterable[Trace]) -> Revisions:
     Raises ValueError if there is no update in which a list changed.
     """
     sizes: list[int] = []
-    inserted = returned = moved = edited = flipped = flippable = 0
+    inserted = returnable = returned = moved = edited = flipped = flippable = 0
     places: list[float] = []
     for trace in traces:
         lists = list(_changed(trace))
@@ -116,6 +114,7 @@ def measure_revisions(traces: Iterable[Trace]) -> Revisions:
             moving = _moved(old, new)
             edited += 1
             inserted += len(coming)
+            returnable += len(coming) if seen - set(old) else 0
             returned += len(coming & seen)
             moved += len(moving)
             seen |= coming
@@ -128,7 +127,7 @@ def measure_revisions(traces: Iterable[Trace]) -> Revisions:
         inserted=inserted / edited,
         moved=moved / edited,
         depth=float(np.mean(places)) if places else 0.5,
-        returned=returned / inserted if inserted else 0.0,
+        returned=returned / returnable if returnable else 0.0,
         flips=flipped / flippable if flippable else 0.0,
     )
 

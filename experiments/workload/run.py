@@ -54,7 +54,8 @@ def workload(
         console.print(table(name, compare(name, made, rest), queries))
         if file is not None:
             file.extend(map(as_row, made))
-            console.print(f"The queries are in {file.path}", soft_wrap=True)
+    if file is not None:
+        console.print(f"The queries are in {file.path}", soft_wrap=True)
 
 
 def as_row(query: Query) -> Row:

@@ -51,7 +51,9 @@ def ready(process: subprocess.Popen[str]) -> str:
     raise AssertionError(seen + (process.stderr.read() if process.stderr else ""))
 
 
-@pytest.mark.parametrize("command", ["serve", "worker", "router", "tiny-model", "version", ""])
+@pytest.mark.parametrize(
+    "command", ["serve", "worker", "router", "tiny-model", "workload", "version", ""]
+)
 def test_help_needs_the_base_packages_only(start: Start, command: str) -> None:
     code, out, err = run(start("-c", BASE_INSTALL, *command.split(), "--help"))
     assert (code, err) == (0, "")
