@@ -158,6 +158,8 @@ class Batches:
             self.queue.sort(key=lambda r: r.key)
 
     def _full_view(self, request: Request) -> View:
+        if not request.arrival:
+            request.arrival, request.since_s = self._table.arrive(), self._table.now
         stream = request.stream
         held = request.done if stream is None else stream.held
         saved = 0 if stream is None else stream.saved

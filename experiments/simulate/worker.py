@@ -85,8 +85,6 @@ class Worker:
 
     def ask(self, request: Request) -> None:
         """A full request joins the queue."""
-        if request.stream is None:
-            request.arrival, request.since_s = self.table.arrive(), self.table.now
         self.batches.queue.append(request)
 
     def view(self, shared_tokens: int = 0) -> WorkerView:
