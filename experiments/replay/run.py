@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import httpx
+import msgspec
 import typer
 from rich.progress import Progress, TaskID
 
@@ -99,6 +100,13 @@ def replay(
         str | None,
         typer.Option(help="How the rows call this machine.", show_default="by its GPUs or cores"),
     ] = None,
+    queries: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only so many queries of each load.", show_default="all"),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Only the first seeds.", show_default="all")
+    ] = None,
     events: Annotated[
         bool, typer.Option("--events", help="Also rows of what each client saw, for timelines.")
     ] = False,
@@ -111,9 +119,11 @@ def replay(
     placement; before each load it is warmed up and its caches are emptied.
 
     Ctrl-C, or a server that dies, loses the cell that runs: the same command
-    goes on with it.
+    goes on with it. A quick try:
+
+      sglang-stream replay SPEC.toml --queries 20 --seeds 1 --out try.jsonl
     """
-    spec = load_spec(spec_path)
+    spec = _smaller(load_spec(spec_path), queries, seeds)
     cells = cells_of(spec.cells)
     limit_s = None if goodput is None else goodput_limit_s(goodput)
     if limit_s is None and spec.goodput_ttft_ms is not None:
@@ -151,6 +161,16 @@ def replay(
     for table in summaries(load_rows([ledger.path]).requests, limit_s):
         console.print(table)
     console.print(f"The rows are in {ledger.path}", soft_wrap=True)
+
+
+def _smaller(spec: Spec, queries: int | None, seeds: int | None) -> Spec:
+    """The specification with fewer queries and seeds."""
+    workload, cells = spec.workload, spec.cells
+    if queries is not None:
+        workload = msgspec.structs.replace(workload, queries=min(queries, workload.queries))
+    if seeds is not None:
+        cells = msgspec.structs.replace(cells, seeds=cells.seeds[:seeds])
+    return msgspec.structs.replace(spec, workload=workload, cells=cells)
 
 
 def _check_running(

@@ -18,6 +18,7 @@ from sglang_stream.errors import InvalidRequest
 
 SPECS = Path(__file__).parents[1] / "specs"
 _REAL = "_cpu"  # how the names of those end that run on the real engine, the small model on a CPU
+_SMALL = ("--queries", "60", "--seeds", "1")  # some minutes for each specification
 
 
 class Step(NamedTuple):
@@ -52,7 +53,7 @@ def reproduce(
 
     A specification whose name ends with the name of a profile (h200_tp2) is
     simulated with it; one that ends with _cpu runs on the real engine, with the
-    small model. What is complete in the folder is kept, so a run that was
+    small model, 60 queries and one seed. What is complete in the folder is kept, so a run that was
     broken off goes on.
     """
     console = display.console()
@@ -87,7 +88,7 @@ def steps_of(specs: Path, out: Path) -> list[Step]:
 def _run(step: Step) -> int:
     """The exit status. A simulation is quick and starts anew unless it is complete."""
     if step.profile is None:
-        return replay([str(step.spec), "--out", str(step.rows)])
+        return replay([str(step.spec), "--out", str(step.rows), *_SMALL])
     if is_simulated(step):
         return 0
     part = step.rows.with_suffix(".part")

@@ -104,6 +104,15 @@ def test_other_conditions_want_another_file(server: FakeServer, spec: Path, tmp_
         replay(spec, out, "--base-url", server.url)
 
 
+def test_a_quick_try(server: FakeServer, spec: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    spec.write_text(spec.read_text() + "seeds = [3, 4]\n")
+    small = ("--queries", "2", "--seeds", "1")
+    assert replay(spec, out, "--base-url", server.url, *small) == 0
+    rows = load_rows([out])
+    assert [(cell.seed, cell.requests) for cell in rows.cells] == [(3, 2), (3, 2)]
+
+
 def test_a_file_of_something_else(server: FakeServer, spec: Path, tmp_path: Path) -> None:
     out = tmp_path / "notes.txt"
     out.write_text("my notes\n")
