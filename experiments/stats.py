@@ -57,9 +57,7 @@ def ratio_of_percentiles(over: Sequence[float], under: Sequence[float], percent:
     return ratios_of_percentiles(over, under, (percent,))[0]
 
 
-def ratios_of_percentiles(
-    over: Values, under: Values, percents: Sequence[float]
-) -> list[Interval]:
+def ratios_of_percentiles(over: Values, under: Values, percents: Sequence[float]) -> list[Interval]:
     """The same for several percentiles over the same resampled pairs.
 
     Raises ValueError where the lengths differ or are zero.
