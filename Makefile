@@ -18,7 +18,7 @@ LIBRARIES := libibverbs1=libibverbs.so.1 librdmacm1=librdmacm.so.1 liburing2=lib
 PROGRAMS := numactl=numactl g++=c++ nginx=nginx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-long check
+.PHONY: help setup demo bench reproduce test test-long check
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ demo: $(STAMP) ## Ask about pages while they are still being fetched, against wa
 
 bench: $(STAMP) ## Time to first token by waiting, streaming and re-sending (MODEL=path)
 	$(COMMAND) bench $(FLAGS)
+
+reproduce: $(STAMP) ## The evaluation: simulated, small on this machine; report in reproduced/
+	$(COMMAND) reproduce $(ARGS)
 
 test: $(STAMP) ## Tests without the long ones
 	$(BIN)/python -m pytest -m "not long" $(ARGS)

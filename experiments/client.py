@@ -44,12 +44,7 @@ class MeasuredClient:
 
     async def flush(self) -> None:
         """Empties the cache. Raises EngineFailure if streams or requests are in the way."""
-        open_streams = (await self._http.get("/v1/streams")).json()["data"]
-        response = await self._http.post("/flush_cache", params={"timeout": 60})
-        if open_streams or response.status_code != 200:
-            raise EngineFailure(
-                f"the cache is not empty: {len(open_streams)} open streams, {response.text}"
-            )
+        await empty_caches(self._http)
 
     async def plain(
         self, prompt: Sequence[int], max_tokens: int, t0: float | None = None
@@ -106,4 +101,20 @@ class MeasuredClient:
             tuple(completion["prompt_token_ids"]),
             tuple(completion["choices"][0]["token_ids"]),
             usage=stream.usage.stream,
+        )
+
+
+async def empty_caches(http: httpx.AsyncClient) -> None:
+    """Empties those of a server's workers, by a client of that server.
+
+    Raises EngineFailure if streams or requests are in the way.
+    """
+    listed = await http.get("/v1/streams")
+    if listed.status_code != 200:
+        raise EngineFailure(f"the open streams are not told: {listed.text}")
+    open_streams = listed.json()["data"]
+    response = await http.post("/flush_cache", params={"timeout": 60})
+    if open_streams or response.status_code != 200:
+        raise EngineFailure(
+            f"the cache is not empty: {len(open_streams)} open streams, {response.text}"
         )

@@ -66,6 +66,14 @@ def manifest(model_path: str, flags: Sequence[str], seed: int) -> Row:
     }
 
 
+def machine_of(manifest: Row) -> str:
+    """The machine of a manifest, by its GPUs or else its cores."""
+    gpus = manifest["gpus"]
+    if gpus:
+        return ", ".join(f"{gpus.count(gpu)}x {gpu}" for gpu in dict.fromkeys(gpus))
+    return f"{manifest['cores']} cores of {manifest['cpu']}"
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

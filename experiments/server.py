@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -50,7 +51,8 @@ def running_server(
     """Starts `sglang-stream serve` and gives its address once it answers.
 
     `flags` go to `serve`. `waiting` is called with the seconds that have passed, for a display.
-    Raises WorkerUnavailable with the last lines of its output if it does not start.
+    Raises WorkerUnavailable with the last lines of its output if it does not start, and in place of
+    another WorkerUnavailable if it has ended meanwhile.
     """
     command = [sys.executable, "-m", "sglang_stream.cli", "serve", "--model-path", str(model_path)]
     with _running(command, flags, "/readiness", start_timeout_s, waiting) as url:
@@ -128,12 +130,16 @@ def _running(
             while not _is_ready(f"{url}{ready_path}"):
                 passed = time.monotonic() - started
                 if process.poll() is not None or passed > start_timeout_s:
-                    output.seek(0)
-                    lines = output.read().splitlines()[-30:]
-                    raise WorkerUnavailable("the server did not start:\n" + "\n".join(lines))
+                    raise WorkerUnavailable(f"the server did not start:\n{_last_lines(output)}")
                 waiting(passed)
                 time.sleep(_POLL_S)
-            yield url
+            try:
+                yield url
+            except WorkerUnavailable as e:
+                if process.poll() is None:
+                    raise
+                ended = f"the server ended with status {process.returncode}"
+                raise WorkerUnavailable(f"{ended}:\n{_last_lines(output)}") from e
         finally:
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
@@ -142,6 +148,11 @@ def _running(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _last_lines(output: IO[str]) -> str:
+    output.seek(0)
+    return "\n".join(output.read().splitlines()[-30:])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ sglang-stream simulate SPEC.toml     the same cells on a machine's profile
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -19,8 +19,11 @@ from sglang_stream.config import PlacementName
 from sglang_stream.errors import InvalidRequest
 from sglang_stream.policy import Invalidation, PolicyName, Preemption
 
+T = TypeVar("T")
+
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Some = Annotated[tuple[T, ...], msgspec.Meta(min_length=1)]
 
 
 class WorkloadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -28,7 +31,8 @@ class WorkloadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     map (anns) on disk, or a recorded file (.jsonl), else generated from `seed`. `on_bad`: what
     becomes of a trace's bad rows. `rest`: where generated retrievals spend the time that the gaps
     leave, before the first chunk or before the last. `scale` divides tokens, `delay` multiplies
-    retrieval times. `arrivals`: a file of gaps in seconds, else Poisson."""
+    retrieval times. `arrivals`: a file of gaps in seconds, else Poisson. Paths begin at the
+    specification's folder."""
 
     kind: WorkloadKind
     queries: Count
@@ -45,11 +49,11 @@ class WorkloadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class CellsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is compared: every mode, streaming under every policy, at every rate, for every seed."""
 
-    modes: tuple[RequestMode, ...] = ("waiting", "streaming")
-    policies: tuple[PolicyName, ...] = ("default", "fcfs", "lcas", "mcps")
-    placements: tuple[PlacementName, ...] = ("stream_aware",)
-    qps: tuple[Positive, ...] = (1.0,)
-    seeds: tuple[int, ...] = (0,)
+    modes: Some[RequestMode] = ("waiting", "streaming")
+    policies: Some[PolicyName] = ("default", "fcfs", "lcas", "mcps")
+    placements: Some[PlacementName] = ("stream_aware",)
+    qps: Some[Positive] = (1.0,)
+    seeds: Some[int] = (0,)
 
 
 class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,9 +92,20 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def load_spec(path: Path) -> Spec:
     """Reads a specification. Raises InvalidRequest that names the file and the field."""
+
+    def from_folder(kind: type, value: Any) -> Any:
+        if kind is Path and isinstance(value, str):
+            return path.parent / Path(value).expanduser()
+        raise NotImplementedError(kind)
+
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Spec)
+        return msgspec.toml.decode(path.read_bytes(), type=Spec, dec_hook=from_folder)
     except OSError as e:
         raise InvalidRequest(f"{path}: {e.strerror}", param="spec") from e
     except (msgspec.DecodeError, msgspec.ValidationError) as e:
         raise InvalidRequest(f"{path}: {e}", param="spec") from e
+
+
+def spec_fields(spec: msgspec.Struct) -> dict[str, Any]:
+    """A specification, or a part of it, as a row holds it."""
+    return dict(msgspec.to_builtins(spec, enc_hook=str))

@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+from numpy.typing import NDArray
+
+Values = Sequence[float] | NDArray[np.float64]
+
 _RESAMPLES = 2000
+_FEWER_RESAMPLES = 500  # where there are so many pairs that their edges hardly move
+_MANY_PAIRS = 2000
 _SEED = 0
 _TAIL = 0.025
 
@@ -47,7 +54,30 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def ratio_of_percentiles(over: Sequence[float], under: Sequence[float], percent: float) -> Interval:
     """The percentile of `over` divided by that of `under`; item i of both is one pair."""
-    return _bootstrap(over, under, lambda a, b: percentile(a, percent) / percentile(b, percent))
+    return ratios_of_percentiles(over, under, (percent,))[0]
+
+
+def ratios_of_percentiles(over: Values, under: Values, percents: Sequence[float]) -> list[Interval]:
+    """The same for several percentiles over the same resampled pairs.
+
+    Raises ValueError where the lengths differ or are zero.
+    """
+    pairs = np.array(list(zip(over, under, strict=True)), float)
+    if not len(pairs):
+        raise ValueError("there are no measurements")
+    count = _RESAMPLES if len(pairs) < _MANY_PAIRS else _FEWER_RESAMPLES
+    rng = np.random.default_rng(_SEED)
+
+    def ratios(chosen: NDArray[np.float64]) -> list[float]:
+        of_both = np.percentile(chosen, percents, axis=0)
+        return [float(a / b) for a, b in of_both]
+
+    drawn = [ratios(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(count)]
+    edge = int(_TAIL * count)
+    return [
+        Interval(value, *(sorted(of)[i] for i in (edge, -1 - edge)))
+        for value, of in zip(ratios(pairs), zip(*drawn, strict=True), strict=True)
+    ]
 
 
 def median_difference(over: Sequence[float], under: Sequence[float]) -> Interval:

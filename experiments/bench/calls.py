@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from experiments.client import empty_caches
 from sglang_stream.errors import EngineFailure, from_fields
 
 _TIMEOUT_S = 600.0
@@ -57,12 +58,7 @@ class LoadClient:
 
     async def flush(self) -> None:
         """Empties the cache. Raises EngineFailure if streams or requests are in the way."""
-        open_streams = (await self._http.get("/v1/streams")).json()["data"]
-        response = await self._http.post("/flush_cache", params={"timeout": 60})
-        if open_streams or response.status_code != 200:
-            raise EngineFailure(
-                f"the cache is not empty: {len(open_streams)} open streams, {response.text}"
-            )
+        await empty_caches(self._http)
 
     async def open(self, mode: str, opening: Sequence[int]) -> str:
         body = {"mode": mode, "input_ids": opening, "idle_timeout_s": _IDLE_TIMEOUT_S}

@@ -19,6 +19,7 @@ from typing import Literal, get_args
 from experiments.bench.calls import LoadClient, Timed
 from experiments.bench.counters import counted_since, read_counters
 from experiments.bench.loads import LOADS, LoadName, Request
+from experiments.pacing import until
 from experiments.rows import Row
 from sglang_stream.errors import EngineFailure, InvalidRequest, StreamError
 from sglang_stream.policy import Invalidation, PolicyName
@@ -149,30 +150,23 @@ async def _one(client: LoadClient, mode: Mode, request: Request, began: float) -
 
 
 async def _wait(client: LoadClient, request: Request, began: float) -> Timed:
-    await _until(began + request.last_chunk_s)
+    await until(began + request.last_chunk_s)
     return await client.plain(request.prompt, ANSWER_TOKENS)
 
 
 async def _stream(client: LoadClient, request: Request, began: float) -> Timed:
     """Sends each chunk when it is due, one call at a time; an update that is late by then gives
     way to the next one, as in the SDK."""
-    await _until(began + request.arrival_s)
+    await until(began + request.arrival_s)
     stream_id = await client.open(request.mode, request.opening)
     send = client.append if request.mode == "append" else client.update
     last = len(request.chunks)
     for seq, chunk in enumerate(request.chunks, start=1):
-        await _until(began + chunk.at_s)
+        await until(began + chunk.at_s)
         late = seq < last and began + request.chunks[seq].at_s <= time.perf_counter()
         if not (late and request.mode == "update"):
             await send(stream_id, seq, chunk.ids)
     return await client.generate(stream_id, last, request.question, ANSWER_TOKENS)
-
-
-async def _until(moment: float) -> None:
-    """Sleeps until a moment of `perf_counter`; not at all if it has passed."""
-    left = moment - time.perf_counter()
-    if left > 0:
-        await asyncio.sleep(left)
 
 
 async def _warm_up(client: LoadClient, mode: Mode) -> None:

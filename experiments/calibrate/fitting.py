@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TypeVar
 
-from experiments.rows import Row
+from experiments.rows import Row, machine_of
 from sglang_stream.config import Figure, Profile
 from sglang_stream.errors import EngineFailure
 from sglang_stream.policy.fit import fit_copying, fit_decode, fit_prefill
@@ -63,7 +63,7 @@ def make_profile(rows: Sequence[Row], name: str, samples: str) -> Profile:
     return Profile(
         name=name,
         kind="measured",
-        machine=_machine(manifest),
+        machine=machine_of(manifest),
         model=manifest["model"],
         dtype=worker["dtype"],
         pass_ms=Figure(pass_ms_for(prefill.value.base_s), PASS_MS_SOURCE),
@@ -96,10 +96,3 @@ def _fitted(
     except ValueError as e:
         raise EngineFailure(f"{what}: {e}; give more --max-tokens") from e
     return Figure(curve, f"fitted to the medians of {len(cells)} cells: {what}", round(error, 4))
-
-
-def _machine(manifest: Row) -> str:
-    gpus = manifest["gpus"]
-    if gpus:
-        return ", ".join(f"{gpus.count(gpu)}x {gpu}" for gpu in dict.fromkeys(gpus))
-    return f"{manifest['cores']} cores of {manifest['cpu']}"

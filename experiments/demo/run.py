@@ -19,6 +19,7 @@ from experiments.demo.report import Row, table
 from experiments.demo.scenarios import QUESTION, Scenario, crawl_scenario, search_scenario
 from experiments.demo.site import arrival_delays, make_pages, serve_site
 from experiments.server import default_model, running_server
+from experiments.tokens import load_tokenizer
 from sglang_stream.errors import StreamError
 
 Arrived = Callable[[], None]
@@ -71,7 +72,7 @@ def _measure(
     with _progress(console) as progress:
         step = progress.add_task("preparing the model and the pages", total=None)
         model = model_path or default_model()
-        tokenizer = _tokenizer(model)
+        tokenizer = load_tokenizer(model)
         pages = make_pages(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
         progress.update(step, description="starting the server")
         flags = ["--enable-cache-report", *(() if model_path else ("--dtype", "float32"))]
@@ -174,12 +175,6 @@ def _find_last(prompt: tuple[int, ...], tokenizer: Any, text: str) -> int:
         if prompt[start : start + len(ids)] == ids:
             return start
     raise StreamError("the last document is not in the prompt")
-
-
-def _tokenizer(model_path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_path)
 
 
 def _progress(console: Console) -> Progress:

@@ -59,7 +59,7 @@ def run(
             rows = simulate(
                 machine, wanted.engine, cell, load, wanted.workload.output_tokens, wanted.name
             )
-            file.extend(map(msgspec.structs.asdict, rows))
+            file.extend(map(msgspec.to_builtins, rows))
             progress.advance(task)
     console.print(f"{len(cells)} cells: their rows are in {out}", soft_wrap=True)
 

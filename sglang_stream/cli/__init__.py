@@ -57,9 +57,12 @@ def build_app() -> typer.Typer:
     app.command(context_settings=forwarded)(demo)
     app.command(context_settings=forwarded)(bench)
     app.command(context_settings=forwarded)(calibrate)
+    app.command(context_settings=forwarded)(replay)
+    app.command(context_settings=forwarded)(report)
     app.command(context_settings=forwarded)(workload)
     app.command(context_settings=forwarded)(simulate)
     app.command(context_settings=forwarded)(progressive)
+    app.command(context_settings=forwarded)(reproduce)
     app.command()(version)
     return app
 
@@ -261,6 +264,22 @@ def workload(ctx: typer.Context) -> None:
     raise typer.Exit(run(ctx.args))
 
 
+def replay(ctx: typer.Context) -> None:
+    """Replay a workload under every policy of a specification on the real engine."""
+    _require("server", "sglang")
+    from experiments.replay.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def report(ctx: typer.Context) -> None:
+    """Write tables, figures and one page from the rows of replay and simulate."""
+    _require("experiments", "matplotlib", "jinja2")
+    from experiments.report.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
 def simulate(ctx: typer.Context) -> None:
     """Simulate an evaluation on a machine's profile, at full scale and without the machine."""
     from experiments.simulate.run import main as run
@@ -272,6 +291,14 @@ def progressive(ctx: typer.Context) -> None:
     """Stream a progressive search over installed documentation into the engine, and measure."""
     _require("server,ann", "sglang", "faiss", "sklearn")
     from experiments.progressive.run import main as run
+
+    raise typer.Exit(run(ctx.args))
+
+
+def reproduce(ctx: typer.Context) -> None:
+    """Run the whole evaluation, simulated at full scale and real at a small one, and report."""
+    _require("server,experiments", "sglang", "matplotlib", "jinja2")
+    from experiments.reproduce.run import main as run
 
     raise typer.Exit(run(ctx.args))
 

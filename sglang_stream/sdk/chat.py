@@ -50,6 +50,11 @@ class _Result:
         return self._request.t0
 
     @property
+    def sealed_at(self) -> float | None:
+        """When all of the context was sent and the answer asked for, by `time.perf_counter`."""
+        return self._request.sealed_at
+
+    @property
     def first_token_at(self) -> float | None:
         """When the first token was received, by `time.perf_counter` (seconds)."""
         return self._request.first_token_at

@@ -34,11 +34,13 @@ class StreamedRequest:
     """The request itself, for one run of `pieces`.
 
     `t0`: when the caller's iterable yielded its last item (or ended, if it yielded none);
-    `first_token_at`: when the first token was received; both by `time.perf_counter`, None before.
+    `sealed_at`: when everything was sent and the answer was first asked for; `first_token_at`: when
+    the first token was received; all by `time.perf_counter`, None before.
     """
 
     def __init__(self, plan: Plan, connect: ClientFactory) -> None:
         self.t0: float | None = None
+        self.sealed_at: float | None = None
         self.first_token_at: float | None = None
         self.finished = False
         self.answer = Answer()
@@ -177,6 +179,7 @@ class StreamedRequest:
     async def _generate(self, client: AsyncStreamClient) -> AsyncGenerator[str, None]:
         """The answer's text; everything before the first token may be done again."""
         attempt = 0
+        self.sealed_at = time.perf_counter()
         while True:
             path, body = self._generation()
             try:

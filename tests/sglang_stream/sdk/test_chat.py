@@ -71,8 +71,9 @@ def test_usage_timings_and_the_final_completion(router: FakeRouter) -> None:
     assert stream.usage.stream.ready_tokens == 7
     assert stream.usage.stream.router_ttft_ms == 1.5
     assert stream.t0 is not None
+    assert stream.sealed_at is not None
     assert stream.first_token_at is not None
-    assert before < stream.t0 < stream.first_token_at < time.perf_counter()
+    assert before < stream.t0 < stream.sealed_at < stream.first_token_at < time.perf_counter()
     assert stream.ttft_s == stream.first_token_at - stream.t0
 
 

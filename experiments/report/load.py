@@ -1,0 +1,88 @@
+"""Rows of the runner and of the simulator, as they are in their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from experiments.published import PublishedName
+from experiments.request_row import CellRow, EventRow, LoadRow, RequestRow
+from experiments.rows import Row
+from sglang_stream.errors import InvalidRequest
+
+_decode = msgspec.json.Decoder(RequestRow | EventRow | CellRow).decode
+
+
+@dataclass
+class Rows:
+    """What is in some files. `published`: which published table the rows of a source, machine and
+    workload are to be compared with; `broken_off`: how many rows of cells without an end were left
+    out."""
+
+    requests: list[RequestRow] = field(default_factory=list)
+    events: list[EventRow] = field(default_factory=list)
+    cells: list[CellRow] = field(default_factory=list)
+    manifests: list[Row] = field(default_factory=list)
+    published: dict[tuple[str, str, str], PublishedName] = field(default_factory=dict)
+    broken_off: int = 0
+
+    @property
+    def goodput_ttft_s(self) -> float | None:
+        """The strictest objective of the specifications."""
+        limits = [(row.get("spec") or {}).get("goodput_ttft_ms") for row in self.manifests]
+        known = [limit for limit in limits if limit is not None]
+        return min(known) / 1e3 if known else None
+
+
+def load_rows(paths: Sequence[Path]) -> Rows:
+    """All rows of these files. Raises InvalidRequest that names the file and the line."""
+    rows = Rows()
+    for path in paths:
+        _load(path, rows)
+    if not rows.requests:
+        names = ", ".join(map(str, paths))
+        raise InvalidRequest(f"{names}: no request of a complete cell: run `replay` or `simulate`")
+    return rows
+
+
+def _load(path: Path, rows: Rows) -> None:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as e:
+        raise InvalidRequest(f"{path}: {e.strerror}: `replay` and `simulate` write rows") from e
+    own: list[LoadRow] = []
+    published: PublishedName | None = None
+    for number, line in enumerate(lines, start=1):
+        try:
+            if b'"manifest"' in line[:100]:
+                rows.manifests.append(json.loads(line))
+                published = (rows.manifests[-1].get("spec") or {}).get("published")
+            else:
+                own.append(_decode(line))
+        except (ValueError, msgspec.MsgspecError) as e:
+            if number == len(lines) and number > 1 and not line.endswith(b"}"):
+                continue  # broken off within the row
+            raise InvalidRequest(f"{path}, line {number}: this is no row of a load: {e}") from e
+    ended = {_cell_of(row) for row in own if isinstance(row, CellRow)}
+    for row in own:
+        if row.source == "engine" and _cell_of(row) not in ended:
+            rows.broken_off += 1
+            continue
+        match row:
+            case RequestRow():
+                rows.requests.append(row)
+            case EventRow():
+                rows.events.append(row)
+            case CellRow():
+                rows.cells.append(row)
+        if published is not None:
+            rows.published[row.source, row.machine, row.workload] = published
+
+
+def _cell_of(row: LoadRow) -> tuple[str | None, ...]:
+    cell = (row.source, row.machine, row.workload, row.mode, row.stream_policy, row.placement)
+    return *cell, str(row.qps), str(row.seed)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.reproduce.run import SPECS, is_simulated, main, steps_of
+from experiments.rows import read_rows
+from sglang_stream.errors import InvalidRequest
+
+SPEC = """\
+name = "NAME"
+published = "crawler"
+
+[workload]
+kind = "crawler"
+queries = 20
+
+[cells]
+policies = ["fcfs"]
+"""
+
+
+@pytest.fixture
+def specs(tmp_path: Path) -> Path:
+    folder = tmp_path / "specs"
+    folder.mkdir()
+    for name in ("a_cpu", "b_h200_tp2"):
+        (folder / f"{name}.toml").write_text(SPEC.replace("NAME", name))
+    return folder
+
+
+def test_simulations_come_first(specs: Path, tmp_path: Path) -> None:
+    steps = steps_of(specs, tmp_path)
+    assert [(step.spec.stem, step.profile) for step in steps] == [
+        ("b_h200_tp2", "h200-tp2"),
+        ("a_cpu", None),
+    ]
+    assert steps[0].rows == tmp_path / "rows" / "b_h200_tp2.jsonl"
+
+
+def test_ours_all_tell_how_they_are_run() -> None:
+    assert steps_of(SPECS, Path())
+
+
+def test_a_name_that_tells_nothing(specs: Path, tmp_path: Path) -> None:
+    (specs / "c.toml").write_text(SPEC)
+    with pytest.raises(InvalidRequest, match=r"c\.toml: end its name with _cpu"):
+        steps_of(specs, tmp_path)
+
+
+def test_simulated_and_reported_and_not_again(specs: Path, tmp_path: Path) -> None:
+    (specs / "a_cpu.toml").unlink()
+    out = tmp_path / "out"
+    command = ["--specs", str(specs), "--out", str(out)]
+    assert main(command) == 0
+    assert "b_h200_tp2" in (out / "index.html").read_text()
+    (step,) = steps_of(specs, out)
+    assert is_simulated(step)
+    rows = step.rows.read_text()
+    assert main(command) == 0
+    assert step.rows.read_text() == rows
+    step.spec.write_text(step.spec.read_text().replace("queries = 20", "queries = 10"))
+    assert not is_simulated(step)
+    assert main(command) == 0
+    assert len(read_rows(step.rows)) == 1 + 20
+    step.rows.write_text(json.dumps({"spec": None}))
+    assert not is_simulated(step)
