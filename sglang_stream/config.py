@@ -34,10 +34,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `host`, `port`: where the socket for chunk events is bound; port 0 takes a free one (a router
     finds it through the worker's `/get_server_info`). `max_streams`: open at once.
     `pass_tokens`: the most tokens of open streams computed in one iteration.
-    `pass_ms`: how long an iteration with passes may be predicted to take; None for 50, or ten times
-    what an iteration costs without any token where that is longer. `cost`: the
-    machine's costs; None to learn the prefill's from the passes, in which case `auto` preemption
-    never swaps. `policy`, `preemption`, `invalidation`: see `policy.types`. `host_memory_gb`: for
+    `pass_ms`: how long an iteration with passes may be predicted to take; None for what
+    `policy.pace` finds, 50 at least. `cost`: the machine's costs; None to learn the prefill's from
+    the passes, in which case `auto` preemption never swaps. `policy`, `preemption`,
+    `invalidation`: see `policy.types`. `host_memory_gb`: for
     copies of preempted streams' KV, GiB of each tensor-parallel rank. `max_prompt_tokens`: of one
     stream, None for the model's context length. `secret`: only routers that have the same one can
     reach the socket, and what is said is encrypted. `served`: started by `sglang-stream serve`,

@@ -25,11 +25,13 @@ from sglang_stream.policy import (
     Budget,
     CostModel,
     Decision,
+    Pace,
     Planner,
     PolicyName,
     PoolView,
     Preemption,
     View,
+    decoding_s,
 )
 from sglang_stream.policy.policies import Key
 
@@ -86,12 +88,12 @@ class Slice:
 
 @dataclass(frozen=True)
 class Limits:
-    """`batch_tokens`: of an iteration; `pass_tokens`, `pass_s`: of its passes; `preemption`: see
-    `policy.types`."""
+    """`batch_tokens`: of an iteration; `pass_tokens`, `pass_s`: of its passes, None for what `Pace`
+    finds; `preemption`: see `policy.types`."""
 
     batch_tokens: int
     pass_tokens: int
-    pass_s: float
+    pass_s: float | None
     preemption: Preemption
 
 
@@ -117,6 +119,7 @@ class Batches:
         self.running: list[Request] = []
         self.chunked: Request | None = None
         self.planner = Planner(POLICIES[policy], limits.preemption, cost)
+        self.pace = Pace()
         self._cost = cost
         self._pool = pool
         self._table = table
@@ -149,7 +152,8 @@ class Batches:
         if self._decode_is_due:
             prefill = self._cost.prefill
             works = [prefill.work_s(part.end - part.start, part.start) for part in formed.slices]
-            self._decode_until_s = self._table.now + 2 * (prefill.base_s + sum(works))
+            passes_s = prefill.base_s + sum(works)
+            self._decode_until_s = self._table.now + passes_s + decoding_s(passes_s)
         return formed
 
     def make_room_to_decode(self) -> list[int]:
@@ -179,10 +183,10 @@ class Batches:
     def _full_view(self, request: Request) -> View:
         if not request.arrival:
             request.arrival, request.since_s = self._table.arrive(), self._table.now
+            self.pace.arrived(self._table.now)
         stream = request.stream
         # A request that has been begun holds what it has computed; its stream does not any more.
-        own = stream is None or request is self.chunked
-        held = request.done if own else stream.held
+        held = request.done if stream is None or request is self.chunked else stream.held
         saved = 0 if stream is None else stream.saved
         ready = max(held, saved)
         missing = max(0, request.tokens - ready)
@@ -226,11 +230,13 @@ class Batches:
 
     def _budget(self) -> Budget:
         """What passes may take of the next iteration. After one of passes alone the running
-        requests decode for as long as it took, and once at least."""
+        requests decode for some time, and once at least."""
         decodes = self._decode_is_due or self._table.now < self._decode_until_s
         if decodes and self.running:
             return Budget(0, 0.0)
         seconds = self._limits.pass_s
+        if seconds is None:
+            seconds = self.pace.iteration_s(self._cost.prefill.base_s)
         due_s = self._table.next_due_s()
         if due_s is not None:
             seconds = min(seconds, max(seconds / _SHORTEST, due_s - self._table.now))
@@ -257,7 +263,6 @@ class Batches:
             key = kv.policy(stream.view(self._pool.page, kv.prefill))
             passes.append((key, stream, chosen.tokens))
         return passes
-
 
     def _postpone(self, full: list[View]) -> list[Request]:
         """Takes full requests that are not to share the next iteration out of the queue."""

@@ -41,7 +41,7 @@ class Cell:
 
 def settings_of(profile: Profile, engine: EngineSpec, policy: PolicyName | None) -> WorkerSettings:
     """A worker of the specification on that machine."""
-    pass_ms = engine.pass_ms if engine.pass_ms is not None else profile.pass_ms.value
+    pass_s = engine.pass_ms / 1000 if engine.pass_ms is not None else None
     return WorkerSettings(
         cost=profile.cost,
         decode=profile.decode.value,
@@ -50,7 +50,7 @@ def settings_of(profile: Profile, engine: EngineSpec, policy: PolicyName | None)
         policy=policy or "default",
         invalidation=engine.invalidation,
         host_tokens=int(engine.host_memory_gb * _GIB / profile.kv_bytes_per_token.value),
-        limits=Limits(engine.batch_tokens, engine.pass_tokens, pass_ms / 1000, engine.preemption),
+        limits=Limits(engine.batch_tokens, engine.pass_tokens, pass_s, engine.preemption),
     )
 
 

@@ -63,7 +63,8 @@ PassMs = Annotated[
         min=0.001,
         help="How long an iteration that computes open streams may be predicted to take: a request "
         "that is complete never waits for more.",
-        show_default="the profile's, else 50, or 10 times an iteration's fixed cost",
+        show_default="the profile's, else 50, up to 10 times a forward's fixed cost where "
+        "complete requests are rare",
         rich_help_panel=_SCHEDULING,
     ),
 ]

@@ -26,19 +26,20 @@ from sglang_stream.policy import (
     Budget,
     CostModel,
     Decision,
+    Pace,
     Planner,
     PolicyName,
     PoolView,
     Preemption,
     Victim,
     View,
+    decoding_s,
 )
 
 logger = logging.getLogger(__name__)
 
 _CLIP_MAX_NEW = 4096  # SGLang reserves at most this many decode tokens for a request
 _UNMEASURED_TOKENS = 512  # of the passes of an iteration, as long as no cost is known
-_PASS_S = 0.05  # what an iteration with passes may take, unless it is told otherwise
 _SHORTEST = 4  # a pass before an expected seal takes at least this part of the usual time
 
 
@@ -59,6 +60,7 @@ class Scheduling:
         self._page = scheduler.page_size
         self.configure(config.policy, config.preemption, config.cost)
         self._passes_built = 0
+        self._pace = Pace()
         self._decode_is_due = False
         self._decode_until_s = 0.0
         self._decisions = 0
@@ -166,10 +168,13 @@ class Scheduling:
         table = self._table
         if not hasattr(request, "stream_arrival"):
             request.stream_arrival = table.arrive(), table.now
+            self._pace.arrived(table.now)
         arrival, since_s = request.stream_arrival
         # A request that has been begun holds what it has computed; its stream does not any more.
-        own = stream is None or request is self._scheduler.chunked_req
-        held = len(request.prefix_indices) if own else stream.held
+        if stream is None or request is self._scheduler.chunked_req:
+            held = len(request.prefix_indices)
+        else:
+            held = stream.held
         saved = 0 if stream is None else stream.saved
         tokens = len(request.origin_input_ids) + len(request.output_ids)
         left = request.sampling_params.max_new_tokens - len(request.output_ids)
@@ -226,8 +231,8 @@ class Scheduling:
 
     def _budget(self, running_batch: ScheduleBatch) -> Budget:
         """What passes may take of the next iteration."""
-        # After an iteration of passes alone the running requests, which are full, decode for as
-        # long as it took, and once at least.
+        # After an iteration of passes alone the running requests, which are full, decode for some
+        # time, and once at least.
         decodes = self._decode_is_due or self._table.now < self._decode_until_s
         if decodes and not running_batch.is_empty():
             return Budget(0, 0.0)
@@ -241,12 +246,11 @@ class Scheduling:
         return Budget(tokens, seconds)
 
     def _pass_s(self) -> float:
-        """How long an iteration with passes may take. Much shorter than ten times its fixed cost,
-        that cost would be what open streams spend their time on."""
+        """How long an iteration with passes may take."""
         if self._config.pass_ms is not None:
             return self._config.pass_ms / 1000
-        base_s = self._planner.cost.prefill.base_s if self._planner.cost is not None else 0.0
-        return max(_PASS_S, 10 * base_s)
+        cost = self._planner.cost
+        return self._pace.iteration_s(cost.prefill.base_s if cost is not None else 0.0)
 
     def _pool_view(self, running_batch: ScheduleBatch) -> PoolView:
         """KV for full requests as SGLang's PrefillAdder counts it, and for open streams with
@@ -355,4 +359,5 @@ class Scheduling:
             # Predicted rather than measured: with the overlap schedule it has only been started.
             prefill = self._planner.cost.prefill
             works = [prefill.work_s(r.extend_input_len, len(r.prefix_indices)) for r in batch.reqs]
-            self._decode_until_s = self._table.now + 2 * (prefill.base_s + sum(works))
+            passes_s = prefill.base_s + sum(works)
+            self._decode_until_s = self._table.now + passes_s + decoding_s(passes_s)

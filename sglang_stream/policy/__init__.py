@@ -2,6 +2,7 @@
 
 from sglang_stream.policy.cost import Copying, CostModel, Decode, Prefill
 from sglang_stream.policy.order import Order
+from sglang_stream.policy.pace import Pace, decoding_s
 from sglang_stream.policy.planner import Planner
 from sglang_stream.policy.policies import POLICIES, Policy
 from sglang_stream.policy.predict import SealPredictor
@@ -26,6 +27,7 @@ __all__ = [
     "Decode",
     "Invalidation",
     "Order",
+    "Pace",
     "Pass",
     "Planner",
     "Policy",
@@ -36,4 +38,5 @@ __all__ = [
     "SealPredictor",
     "Victim",
     "View",
+    "decoding_s",
 ]
