@@ -15,6 +15,7 @@ from experiments import display
 from experiments.bench import added, pressure, ttft
 from experiments.bench.loads import LOADS
 from experiments.bench.parts import MEASURES, Part, Settings, tables
+from experiments.command import run_command
 from experiments.rows import Row, RowFile, manifest, read_rows
 from experiments.server import default_model
 from sglang_stream.errors import InvalidRequest
@@ -22,13 +23,7 @@ from sglang_stream.errors import InvalidRequest
 
 def main(args: list[str]) -> int:
     """Runs the benchmark with these command-line arguments; returns the exit status."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command()(bench)
-    try:
-        app(args, prog_name="sglang-stream bench")
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
-    return 0
+    return run_command(bench, "bench", args)
 
 
 def bench(

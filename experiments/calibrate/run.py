@@ -15,6 +15,7 @@ from experiments import display
 from experiments.calibrate import measure, report
 from experiments.calibrate.fitting import make_profile
 from experiments.calibrate.measure import Add, MeasuredWorker
+from experiments.command import ModelPath, run_command
 from experiments.rows import Row, RowFile, manifest
 from experiments.server import default_model, running_sglang
 from sglang_stream.errors import InvalidRequest
@@ -41,13 +42,7 @@ class Settings:
 
 def main(args: list[str]) -> int:
     """Calibrates with these command-line arguments; returns the exit status."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command(context_settings=_WITH_SGLANG_FLAGS)(calibrate)
-    try:
-        app(args, prog_name="sglang-stream calibrate")
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
-    return 0
+    return run_command(calibrate, "calibrate", args, _WITH_SGLANG_FLAGS)
 
 
 def calibrate(
@@ -55,15 +50,7 @@ def calibrate(
     out: Annotated[
         Path, typer.Option(help="The profile. Its samples and its plot are put beside it.")
     ],
-    model_path: Annotated[
-        str | None,
-        typer.Option(
-            "--model-path",
-            "--model",
-            help="A model that SGLang takes.",
-            show_default="a small random one, float32",
-        ),
-    ] = None,
+    model_path: ModelPath = None,
     name: Annotated[
         str | None, typer.Option(help="The profile's name.", show_default="that of its file")
     ] = None,

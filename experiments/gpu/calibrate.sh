@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start and calibrate: OUT/gpu.json, its samples, and the first rows of a stream beside waiting.
+# Start and calibrate: OUT/gpu.json and its samples.
 . "$(dirname "$0")/common.sh"
 # shellcheck disable=SC2086  # the flags are several words
 timeout 480 python3 -m sglang_stream.cli calibrate --model-path "$model" --out "$out/gpu.json" \

@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol
 
 import httpx
@@ -54,8 +53,9 @@ class Timed:
     usage: dict[str, Any]
 
     @property
-    def cached_tokens(self) -> int | None:
-        return (self.usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    def cached_tokens(self) -> int:
+        """SGLang tells them only where there are some."""
+        return int((self.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
 
 class LoadClient:
@@ -71,12 +71,7 @@ class LoadClient:
     async def __aenter__(self) -> LoadClient:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *details: Any) -> None:
         await self._transport.close()
 
     async def ask(self, mode: RequestMode, arrived: Arrived, began: float) -> Timed:

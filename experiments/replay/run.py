@@ -18,6 +18,7 @@ from rich.progress import Progress, TaskID
 
 from experiments import display
 from experiments.cells import Cell, cells_of, require_one_server, server_of
+from experiments.command import ModelPath, run_command
 from experiments.replay.ledger import Ledger
 from experiments.replay.load import replay_load
 from experiments.report.load import load_rows
@@ -50,13 +51,7 @@ class Settings:
 
 def main(args: list[str]) -> int:
     """Replays with these command-line arguments; returns the exit status."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command()(replay)
-    try:
-        app(args, prog_name="sglang-stream replay")
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
-    return 0
+    return run_command(replay, "replay", args)
 
 
 def replay(
@@ -70,15 +65,7 @@ def replay(
             show_default=".cache/replay/<name of the specification>.jsonl",
         ),
     ] = None,
-    model_path: Annotated[
-        str | None,
-        typer.Option(
-            "--model-path",
-            "--model",
-            help="A model that SGLang takes.",
-            show_default="a small random one, float32",
-        ),
-    ] = None,
+    model_path: ModelPath = None,
     sglang_flags: Annotated[
         str, typer.Option(help="For all servers, in one argument: '--tp-size 2'.")
     ] = "",

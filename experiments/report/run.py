@@ -9,6 +9,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from experiments import display
+from experiments.command import run_command
 from experiments.report.figures import Drawing, drawings_of, recompute_against_swap
 from experiments.report.load import Rows, load_rows
 from experiments.report.measures import Setting, by_setting, goodput_limit_s, measured
@@ -27,13 +28,7 @@ class Written(NamedTuple):
 
 def main(args: list[str]) -> int:
     """Reports with these command-line arguments; returns the exit status."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command()(report)
-    try:
-        app(args, prog_name="sglang-stream report")
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
-    return 0
+    return run_command(report, "report", args)
 
 
 def report(

@@ -9,6 +9,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from experiments import display
+from experiments.command import run_command
 from experiments.replay.run import main as replay
 from experiments.report.run import main as report
 from experiments.simulate.run import main as simulate
@@ -18,7 +19,7 @@ from sglang_stream.errors import InvalidRequest
 
 SPECS = Path(__file__).parents[1] / "specs"
 _REAL = "_cpu"  # how the names of those end that run on the real engine, the small model on a CPU
-_SMALL = ("--queries", "60", "--seeds", "1")  # some minutes for each specification
+_SMALL = ("--queries", "40", "--seeds", "1")  # some minutes for each specification
 
 
 class Step(NamedTuple):
@@ -31,13 +32,7 @@ class Step(NamedTuple):
 
 def main(args: list[str]) -> int:
     """Reproduces with these command-line arguments; returns the exit status."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command()(reproduce)
-    try:
-        app(args, prog_name="sglang-stream reproduce")
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
-    return 0
+    return run_command(reproduce, "reproduce", args)
 
 
 def reproduce(
@@ -53,7 +48,7 @@ def reproduce(
 
     A specification whose name ends with the name of a profile (h200_tp2) is
     simulated with it; one that ends with _cpu runs on the real engine, with the
-    small model, 60 queries and one seed. What is complete in the folder is kept, so a run that was
+    small model, 40 queries and one seed. What is complete in the folder is kept, so a run that was
     broken off goes on.
     """
     console = display.console()
