@@ -358,6 +358,6 @@ class Scheduling:
         if self._decode_is_due and batch is not None and self._planner.cost is not None:
             # Predicted rather than measured: with the overlap schedule it has only been started.
             prefill = self._planner.cost.prefill
-            works = [prefill.work_s(r.extend_input_len, len(r.prefix_indices)) for r in batch.reqs]
-            passes_s = prefill.base_s + sum(works)
+            slices = zip(batch.extend_lens, batch.prefix_lens, strict=True)
+            passes_s = prefill.base_s + sum(prefill.work_s(*lengths) for lengths in slices)
             self._decode_until_s = self._table.now + passes_s + decoding_s(passes_s)
