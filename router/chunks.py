@@ -99,6 +99,8 @@ class Chunks:
         """The answer to an event, made for an epoch and an owner, from whichever worker holds the
         stream by then."""
         for attempt in range(_TRIES):
+            if stream.is_lost and stream.state in ("sealed", "finished"):
+                raise sealed(stream)  # a replay would open it again
             worker = await self._moves.ensure(stream)
             epoch = stream.epoch
             try:

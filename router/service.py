@@ -228,8 +228,8 @@ class StreamService:
     async def refresh(self, stream_id: str, caller: Caller) -> Stream:
         """The stream, as the worker sees it now. Raises StreamNotFound, WorkerUnavailable."""
         stream = _present(await self._moves.find(stream_id, caller))
-        if stream.generation is not None and stream.worker is None:
-            return stream  # on its way to another worker
+        if stream.is_lost and (stream.generation is not None or stream.state == "finished"):
+            return stream  # on its way to another worker, or done: not to be opened again
         worker = await self._moves.ensure(stream)
         try:
             status = await worker.status(Query(stream_id, stream.owner))

@@ -150,6 +150,11 @@ class Stream:
         self.chunks = {}
         self._known_seq = 0
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether no worker that answers holds it."""
+        return self.worker is None or not self.worker.ready
+
     def touch(self) -> None:
         self.touched_s = time.monotonic()
 

@@ -67,6 +67,20 @@ def test_a_worker_that_dies_between_chunks(pair: Rig) -> None:
     assert aborts, "told with the epoch that it had there"
 
 
+def test_a_stream_that_has_ended_is_not_opened_again(pair: Rig) -> None:
+    router = pair.routers[0]
+    stream = opened(router)
+    append(router, stream, 1, [11])
+    assert router.post(f"/v1/streams/{stream}/generate", json=ASK).status_code == 200
+    first = pair.holder(router, stream)
+    pair.lose(first)
+    for path, body in (("chunks", {"seq": 2, "input_ids": [12]}), ("chunks", {"seq": 1})):
+        refused = router.post(f"/v1/streams/{stream}/{path}", json={"input_ids": [11]} | body)
+        assert error_of(refused, 409)["code"] == "stream_sealed"
+    assert router.get(f"/v1/streams/{stream}").json()["status"] == "finished"
+    assert stream not in pair.workers[pair.other(first)].streams
+
+
 def test_an_update_stream_moves_with_its_latest_context(pair: Rig) -> None:
     one, two = pair.routers
     stream = opened(one, mode="update")
