@@ -37,11 +37,11 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `pass_ms`: how long an iteration with passes may be predicted to take; None for what
     `policy.pace` finds, 50 at least. `cost`: the machine's costs; None to learn the prefill's from
     the passes, in which case `auto` preemption never swaps. `policy`, `preemption`,
-    `invalidation`: see `policy.types`. `host_memory_gb`: for
-    copies of preempted streams' KV, GiB of each tensor-parallel rank. `max_prompt_tokens`: of one
-    stream, None for the model's context length. `secret`: only routers that have the same one can
-    reach the socket, and what is said is encrypted. `served`: started by `sglang-stream serve`,
-    which tells its users the process's number.
+    `invalidation`: see `policy.types`. `host_memory_gb`: for copies of preempted streams' KV, GiB
+    of each tensor-parallel rank. `max_prompt_tokens`: of one stream, None for the model's context
+    length. `secret`: only routers that have the same one can reach the socket, and what is said is
+    encrypted. `served`: started by `sglang-stream serve`, which tells its users the process's
+    number.
     """
 
     host: str = "127.0.0.1"

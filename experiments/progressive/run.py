@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from experiments import display
 from experiments.client import MeasuredClient
+from experiments.command import run_command
 from experiments.progressive import report
 from experiments.progressive.corpus import Corpus, build_corpus
 from experiments.progressive.measure import (
@@ -49,13 +50,7 @@ class Server:
 
 def main(args: list[str]) -> int:
     """Measures with these command-line arguments; returns the exit status."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command()(progressive)
-    try:
-        app(args, prog_name="sglang-stream progressive")
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
-    return 0
+    return run_command(progressive, "progressive", args)
 
 
 def progressive(

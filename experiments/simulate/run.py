@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from experiments import display
+from experiments.command import run_command
 from experiments.rows import RowFile, manifest
 from experiments.simulate.cluster import Cell, simulate
 from experiments.spec import CellsSpec, Spec, load_spec
@@ -21,13 +22,7 @@ from sglang_stream.config import load_profile
 
 def main(args: list[str]) -> int:
     """Simulates with these command-line arguments; returns the exit status."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command()(run)
-    try:
-        app(args, prog_name="sglang-stream simulate")
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
-    return 0
+    return run_command(run, "simulate", args)
 
 
 def run(

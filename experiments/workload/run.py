@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from experiments import display
+from experiments.command import run_command
 from experiments.rows import Row, RowFile
 from experiments.workload.comparison import compare, table
 from experiments.workload.generator import Rest, generate
@@ -17,13 +18,7 @@ from experiments.workload.shapes import Query
 
 def main(args: list[str]) -> int:
     """Generates with these command-line arguments; returns the exit status."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command()(workload)
-    try:
-        app(args, prog_name="sglang-stream workload")
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
-    return 0
+    return run_command(workload, "workload", args)
 
 
 def workload(

@@ -24,8 +24,7 @@ http.server.HTTPServer(("127.0.0.1", parser.parse_args().port), Handler).serve_f
 """
 
 MEASURING = """
-import signal, sys, time, httpx
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+import sys, time, httpx
 from experiments.server import _running
 with _running([sys.executable, sys.argv[1]], [], "/ready", 60, lambda seconds: None) as url:
     print(httpx.get(url).text, flush=True)
