@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_TABLE_WIDTH = 120
+_TABLE_WIDTH = 160  # no heading breaks, however slow the machine and long its figures
 
 
 def console() -> Console:

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_stream.engine.cpu.tiny_model import default_tiny_model
@@ -22,6 +23,9 @@ from tests.harness import free_port, wait_until
 
 START_TIMEOUT_S = 180
 SECRET = "a secret of the tests"
+REPEATS = [pytest.param(0, id="once")] + [  # of a test in which a process is killed or stopped
+    pytest.param(i, id=f"again-{i}", marks=pytest.mark.long) for i in range(1, 5)
+]
 BAD_WORDS = ("leak detected", "Scheduler hit an exception", "Traceback (most recent call last)")
 
 

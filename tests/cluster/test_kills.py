@@ -14,14 +14,11 @@ from contextlib import contextmanager
 import pytest
 
 from tests.cluster.calls import Answer, append, cold, generate, generating, opened, tokens, update
-from tests.cluster.processes import ClusterProcesses, WorkerProcess
+from tests.cluster.processes import REPEATS, ClusterProcesses, WorkerProcess
 from tests.harness import wait_until
 
 ANSWER = 24
 KILLED_S, STOPPED_S = 5.0, 10.0  # to the first right token, besides the replay's prefill
-REPEATS = [pytest.param(0, id="once")] + [
-    pytest.param(i, id=f"again-{i}", marks=pytest.mark.long) for i in range(1, 5)
-]
 
 
 class Stream:
