@@ -48,7 +48,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: int = 0
     max_streams: int = 1024
     max_prompt_tokens: int | None = None
-    policy: PolicyName = "fcfs"
+    policy: PolicyName = "slack"
     pass_tokens: int = 2048
     pass_ms: float | None = None
     preemption: Preemption = "auto"

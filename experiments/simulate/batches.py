@@ -30,8 +30,8 @@ from sglang_stream.policy import (
     PolicyName,
     PoolView,
     Preemption,
+    Turns,
     View,
-    decoding_s,
 )
 from sglang_stream.policy.policies import Key
 
@@ -125,8 +125,7 @@ class Batches:
         self._table = table
         self._limits = limits
         self._orders_requests = policy != "default"
-        self._decode_is_due = False
-        self._decode_until_s = 0.0
+        self._turns = Turns()
 
     def form(self) -> Formed:
         """The next iteration's slices, admitted: their prefixes are locked, their KV allocated."""
@@ -146,15 +145,20 @@ class Batches:
             self._pool.allocate(part.end - part.start)
             if isinstance(part.owner, Stream):
                 self._table.kv.started(part.owner)
-        self._decode_is_due = bool(formed.slices) and all(
-            isinstance(part.owner, Stream) for part in formed.slices
+        self._turns.began(
+            self._table.now,
+            decodes=not formed.slices and bool(self.running),
+            passes_s=self._alone_s(formed.slices),
         )
-        if self._decode_is_due:
-            prefill = self._cost.prefill
-            works = [prefill.work_s(part.end - part.start, part.start) for part in formed.slices]
-            passes_s = prefill.base_s + sum(works)
-            self._decode_until_s = self._table.now + passes_s + decoding_s(passes_s)
         return formed
+
+    def _alone_s(self, slices: list[Slice]) -> float | None:
+        """How long an iteration of passes alone takes, None of another one."""
+        if not slices or not all(isinstance(part.owner, Stream) for part in slices):
+            return None
+        prefill = self._cost.prefill
+        works = (prefill.work_s(part.end - part.start, part.start) for part in slices)
+        return prefill.base_s + sum(works)
 
     def make_room_to_decode(self) -> list[int]:
         """Preempts streams if the next decode step would not fit; returns the lengths of their
@@ -229,10 +233,8 @@ class Batches:
         return full
 
     def _budget(self) -> Budget:
-        """What passes may take of the next iteration. After one of passes alone the running
-        requests decode for some time, and once at least."""
-        decodes = self._decode_is_due or self._table.now < self._decode_until_s
-        if decodes and self.running:
+        """What passes may take of the next iteration."""
+        if self._turns.decodes and self.running:
             return Budget(0, 0.0)
         seconds = self._limits.pass_s
         if seconds is None:

@@ -31,9 +31,10 @@ from sglang_stream.policy import (
     PolicyName,
     PoolView,
     Preemption,
+    Prefill,
+    Turns,
     Victim,
     View,
-    decoding_s,
 )
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,7 @@ class Scheduling:
         self.configure(config.policy, config.preemption, config.cost)
         self._passes_built = 0
         self._pace = Pace()
-        self._decode_is_due = False
-        self._decode_until_s = 0.0
+        self._turns = Turns()
         self._decisions = 0
         self._digest = hashlib.blake2b(digest_size=8)
         self.running_passes = 0
@@ -101,7 +101,7 @@ class Scheduling:
         scheduler.waiting_queue = (
             withheld + [r for r in scheduler.waiting_queue if id(r) not in left_over] + later
         )
-        self._started(batch_plan.batch_to_run)
+        self._started(batch_plan.batch_to_run, running_batch)
         return batch_plan
 
     @property
@@ -231,10 +231,7 @@ class Scheduling:
 
     def _budget(self, running_batch: ScheduleBatch) -> Budget:
         """What passes may take of the next iteration."""
-        # After an iteration of passes alone the running requests, which are full, decode for some
-        # time, and once at least.
-        decodes = self._decode_is_due or self._table.now < self._decode_until_s
-        if decodes and not running_batch.is_empty():
+        if self._turns.decodes and not running_batch.is_empty():
             return Budget(0, 0.0)
         tokens = self._config.pass_tokens
         if self._planner.cost is None:
@@ -347,17 +344,19 @@ class Scheduling:
         scheduler.waiting_queue = scheduler.waiting_queue[:kept]
         return later
 
-    def _started(self, batch: ScheduleBatch | None) -> None:
+    def _started(self, batch: ScheduleBatch | None, running_batch: ScheduleBatch) -> None:
+        """Without a prefill `batch` the running one decodes."""
         tickets = [t for r in batch.reqs if (t := ticket_of(r))] if batch is not None else []
         for ticket in tickets:
             self._table.kv.started(ticket.stream)
         self.running_passes += len(tickets)
-        self._decode_is_due = (
-            bool(tickets) and batch is not None and len(tickets) == len(batch.reqs)
-        )
-        if self._decode_is_due and batch is not None and self._planner.cost is not None:
-            # Predicted rather than measured: with the overlap schedule it has only been started.
-            prefill = self._planner.cost.prefill
-            slices = zip(batch.extend_lens, batch.prefix_lens, strict=True)
-            passes_s = prefill.base_s + sum(prefill.work_s(*lengths) for lengths in slices)
-            self._decode_until_s = self._table.now + passes_s + decoding_s(passes_s)
+        passes_s: float | None = None
+        if batch is not None and len(tickets) == len(batch.reqs):
+            passes_s = 0.0 if self.cost is None else self._predicted_s(batch, self.cost.prefill)
+        decodes = batch is None and not running_batch.is_empty()
+        self._turns.began(self._table.now, decodes, passes_s)
+
+    @staticmethod
+    def _predicted_s(batch: ScheduleBatch, prefill: Prefill) -> float:
+        slices = zip(batch.extend_lens, batch.prefix_lens, strict=True)
+        return prefill.base_s + sum(prefill.work_s(*lengths) for lengths in slices)

@@ -50,7 +50,7 @@ class StreamTable:
         limits: Limits,
         metrics: EngineMetrics,
         *,
-        policy: PolicyName = "fcfs",
+        policy: PolicyName = "slack",
         invalidation: Invalidation = "hard",
         host: HostMemory | None = None,
         page_size: int = 1,

@@ -2,7 +2,7 @@
 
 from sglang_stream.policy.cost import Copying, CostModel, Decode, Prefill
 from sglang_stream.policy.order import Order
-from sglang_stream.policy.pace import Pace, decoding_s
+from sglang_stream.policy.pace import Pace, Turns
 from sglang_stream.policy.planner import Planner
 from sglang_stream.policy.policies import POLICIES, Policy
 from sglang_stream.policy.predict import SealPredictor
@@ -36,7 +36,7 @@ __all__ = [
     "Preemption",
     "Prefill",
     "SealPredictor",
+    "Turns",
     "Victim",
     "View",
-    "decoding_s",
 ]

@@ -1,10 +1,11 @@
 """How much of a worker's time open streams get while complete requests come and decode.
 
-    iteration of T seconds with passes   a request that comes meanwhile waits T / 2 in the mean
+    iteration of T seconds with passes   a request that comes meanwhile waits T / 2 in the mean,
+                                         and one that waits behind it as long again
     of them base_s seconds               are the forward's own, whatever it computes
 
-With a request every `gap_s` seconds, a second of passes costs T / (2 gap_s) seconds of waiting and
-base_s / T seconds of work: least together at T = sqrt(2 base_s gap_s).
+With a request every `gap_s` seconds, a second of passes costs T / gap_s seconds of waiting and
+base_s / T seconds of work: least together at T = sqrt(base_s gap_s).
 """
 
 from __future__ import annotations
@@ -37,10 +38,34 @@ class Pace:
         """How long an iteration with passes may take; `base_s`: a forward's fixed cost."""
         if base_s == 0:
             return _LEAST_S
-        best_s = math.sqrt(2 * base_s * self._gap_s)
+        best_s = math.sqrt(base_s * self._gap_s)
         return max(_LEAST_S, min(best_s, _MOST * base_s))
 
 
-def decoding_s(passes_s: float) -> float:
-    """How long requests decode after an iteration of passes alone, before the next one."""
-    return _DECODING * passes_s
+class Turns:
+    """Whose turn it is where open streams are computed while requests decode: after an iteration
+    of passes alone those decode three times as long, and one step at least."""
+
+    def __init__(self) -> None:
+        self._passed = False
+        self._owed_s = 0.0
+        self._began_s = 0.0
+        self._counts = False
+
+    @property
+    def decodes(self) -> bool:
+        """Whether requests that decode come before passes now."""
+        return self._passed or self._owed_s > 0
+
+    def began(self, now_s: float, decodes: bool, passes_s: float | None = None) -> None:
+        """An iteration begins: a decode step, or one of passes alone that will take `passes_s`
+        (0 where that is not known), or another one."""
+        if self._counts:
+            self._owed_s -= now_s - self._began_s
+        self._began_s = now_s
+        # With the overlap schedule passes still run when the step after them has begun: the time
+        # until the next one is not that of a step.
+        self._counts = decodes and not self._passed
+        self._passed = passes_s is not None
+        if passes_s is not None:
+            self._owed_s = _DECODING * passes_s
