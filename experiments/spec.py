@@ -14,6 +14,7 @@ import msgspec
 from experiments.request_row import RequestMode
 from experiments.workload.generator import Rest
 from experiments.workload.published import WorkloadKind
+from experiments.workload.revisions import MEASURED, Revisions
 from retrieval_clients.traces import OnBad
 from sglang_stream.config import PlacementName
 from sglang_stream.errors import InvalidRequest
@@ -30,15 +31,16 @@ class WorkloadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is asked. `kind`: the shape, also of a trace. `trace`: a folder (crawler) or a query
     map (anns) on disk, or a recorded file (.jsonl), else generated from `seed`. `on_bad`: what
     becomes of a trace's bad rows. `rest`: where generated retrievals spend the time that the gaps
-    leave, before the first chunk or before the last. `scale` divides tokens, `delay` multiplies
-    retrieval times. `arrivals`: a file of gaps in seconds, else Poisson. Paths begin at the
-    specification's folder."""
+    leave, before the first chunk or before the last; `revisions`: how generated lists change.
+    `scale` divides tokens, `delay` multiplies retrieval times. `arrivals`: a file of gaps in
+    seconds, else Poisson. Paths begin at the specification's folder."""
 
     kind: WorkloadKind
     queries: Count
     trace: Path | None = None
     on_bad: OnBad = "stop"
     rest: Rest = "first"
+    revisions: Revisions = MEASURED
     arrivals: Path | None = None
     seed: int = 0
     scale: Positive = 1.0

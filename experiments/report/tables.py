@@ -6,6 +6,8 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
+from typing import NamedTuple
 
 from experiments.published import PERCENTS as PUBLISHED_PERCENTS
 from experiments.published import PublishedName, published_speed_up, published_ttft_s
@@ -21,6 +23,8 @@ from experiments.report.measures import (
 from experiments.stats import Interval
 
 _AS_SECONDS = ("waiting", "default")  # published so; the policies as ratios over waiting
+_NEAR = 0.25  # of a published ratio
+_APART = 1.15  # a published order of two policies that differ by less says little
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def beside_published(
     """A line for each cell and percentile that is published: seconds, and how many times sooner
     than waiting, each with its ratio to the published figure."""
     lines: list[tuple[str, ...]] = []
+    pairs: list[_Pair] = []
     for cell in cells:
         seconds = published_ttft_s(published, cell.how.qps).get(cell.how.name)
         if seconds is None:
@@ -119,6 +124,7 @@ def beside_published(
             times = ("", "", "")
             if gains and known:
                 times = (f"{gains[i]:.3f}x", f"{known[i]:.3f}x", f"{gains[i] / known[i]:.2f}")
+                pairs.append(_Pair(cell.how.qps, cell.how.name, percent, gains[i], known[i]))
             lines.append(
                 (
                     f"{cell.how.qps:g}",
@@ -136,8 +142,38 @@ def beside_published(
         ("QPS", "", "", "TTFT, s", "published", "ratio", "over waiting", "published", "ratio"),
         tuple(lines),
         "Published: Stream2LLM, arXiv 2604.16395, Llama-3.1-8B on 2x H200; a policy's seconds are "
-        "those of waiting over its published speed-up.",
+        f"those of waiting over its published speed-up. {_agreement(pairs)}",
         texts=3,
+    )
+
+
+class _Pair(NamedTuple):
+    """How many times sooner than waiting a policy is: here, and as published."""
+
+    qps: float
+    policy: str
+    percent: int
+    own: float
+    known: float
+
+
+def _agreement(pairs: Sequence[_Pair]) -> str:
+    """How near the policies' P50 and P95 over waiting are to the published ones, in words.
+
+    Without `default`: the published one is another order than ours.
+    """
+    compared = [pair for pair in pairs if pair.percent in (50, 95) and pair.policy != "default"]
+    near = sum(abs(pair.own / pair.known - 1) <= _NEAR for pair in compared)
+    kept = [
+        better.own > worse.own
+        for better, worse in permutations(compared, 2)
+        if (better.qps, better.percent) == (worse.qps, worse.percent)
+        and better.known > _APART * worse.known
+    ]
+    return (
+        f"Of the policies' P50 and P95 over waiting, {near} of {len(compared)} are within "
+        f"{_NEAR:.0%} of the published ones; of the published orders of two policies that are more "
+        f"than {_APART - 1:.0%} apart, {sum(kept)} of {len(kept)} are kept."
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +14,13 @@ import typer
 
 from experiments import display
 from experiments.command import run_command
-from experiments.rows import RowFile, manifest
+from experiments.rows import Row, RowFile, manifest
 from experiments.simulate.cluster import Cell, simulate
-from experiments.spec import CellsSpec, Spec, load_spec
+from experiments.spec import CellsSpec, Spec, WorkloadSpec, load_spec
 from experiments.workload.arrivals import arrivals_of
 from experiments.workload.load import queries_of
-from sglang_stream.config import load_profile
+from experiments.workload.shapes import Query
+from sglang_stream.config import Profile, load_profile
 
 
 def main(args: list[str]) -> int:
@@ -41,22 +44,29 @@ def run(
     """
     wanted = load_spec(spec)
     machine = load_profile(profile)
+    _queries(wanted.workload)  # what is wrong with a trace shows here
     file = RowFile(out)
     file.add(manifest(machine.model, [], wanted.workload.seed) | _told(wanted, profile))
     cells = list(cells_of(wanted.cells))
-    queries = queries_of(wanted.workload)
-    console = display.console()
-    with display.progress() as progress:
-        task = progress.add_task("", total=len(cells))
-        for cell in cells:
-            progress.update(task, description=_title(cell))
-            load = arrivals_of(wanted.workload, queries, cell.qps, cell.seed)
-            rows = simulate(
-                machine, wanted.engine, cell, load, wanted.workload.output_tokens, wanted.name
-            )
-            file.extend(map(msgspec.to_builtins, rows))
+    with display.progress() as progress, ProcessPoolExecutor() as pool:
+        task = progress.add_task(f"{len(cells)} cells", total=len(cells))
+        for rows in pool.map(partial(_simulated, wanted, machine), cells):
+            file.extend(rows)
             progress.advance(task)
-    console.print(f"{len(cells)} cells: their rows are in {out}", soft_wrap=True)
+    display.console().print(f"{len(cells)} cells: their rows are in {out}", soft_wrap=True)
+
+
+def _simulated(spec: Spec, machine: Profile, cell: Cell) -> list[Row]:
+    """The rows of one cell."""
+    load = arrivals_of(spec.workload, _queries(spec.workload), cell.qps, cell.seed)
+    rows = simulate(machine, spec.engine, cell, load, spec.workload.output_tokens, spec.name)
+    return [msgspec.to_builtins(row) for row in rows]
+
+
+@cache
+def _queries(workload: WorkloadSpec) -> list[Query]:
+    """Those of a workload, made once in each process."""
+    return queries_of(workload)
 
 
 def cells_of(spec: CellsSpec) -> Iterator[Cell]:
@@ -64,10 +74,6 @@ def cells_of(spec: CellsSpec) -> Iterator[Cell]:
     for seed, qps, placement, mode in product(spec.seeds, spec.qps, spec.placements, spec.modes):
         for policy in spec.policies if mode == "streaming" else (None,):
             yield Cell(mode, policy, placement, qps, seed)
-
-
-def _title(cell: Cell) -> str:
-    return f"{cell.policy or cell.mode} at {cell.qps:g} a second"
 
 
 def _told(spec: Spec, profile: str) -> dict[str, object]:

@@ -41,7 +41,7 @@ from experiments.workload.quantiles import (
     stratified,
     through,
 )
-from experiments.workload.revisions import ASSUMED, Revisions, revise
+from experiments.workload.revisions import MEASURED, Revisions, revise
 from experiments.workload.shapes import Document, Query, Step
 from sglang_stream.messages import Mode
 
@@ -59,7 +59,7 @@ def generate(
     kind: WorkloadKind,
     count: int,
     seed: int,
-    revisions: Revisions = ASSUMED,
+    revisions: Revisions = MEASURED,
     rest: Rest = "first",
 ) -> list[Query]:
     """`count` queries of this workload. `revisions` shape update lists only."""

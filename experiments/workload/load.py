@@ -38,7 +38,9 @@ def queries_of(
     are fewer than asked for.
     """
     if workload.trace is None:
-        queries = generate(workload.kind, workload.queries, workload.seed, rest=workload.rest)
+        queries = generate(
+            workload.kind, workload.queries, workload.seed, workload.revisions, workload.rest
+        )
     else:
         queries = from_traces(traces_of(workload), count_tokens)
     return [scaled(query, workload.scale, workload.delay) for query in queries]

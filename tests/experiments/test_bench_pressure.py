@@ -129,6 +129,7 @@ def test_refused_requests_are_counted() -> None:
     assert any("2, 1 failed FEW" in line for line in lines_of(rows))
 
 
+@pytest.mark.long
 def test_on_running_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Waiting and a policy with few requests, in two pieces: rows, and one table of both."""
     out = tmp_path / "rows.jsonl"

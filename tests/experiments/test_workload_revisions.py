@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.workload.revisions import ASSUMED, Revisions, measure_revisions, revise
+from experiments.workload.revisions import MEASURED, Revisions, measure_revisions, revise
 from retrieval_clients.traces import Trace, TraceDocument, TraceStep
 
 some_revisions = st.builds(
@@ -75,7 +75,7 @@ def test_without_a_change_there_is_nothing_to_measure(traces: list[Trace]) -> No
 @pytest.mark.parametrize(
     "revisions",
     [
-        ASSUMED,
+        MEASURED,
         Revisions(documents=20, inserted=2, moved=0.5, depth=0.7, returned=0.3, flips=0.2),
     ],
 )

@@ -69,6 +69,24 @@ def test_beside_the_published_figures(tmp_path: Path) -> None:
     assert len(lines) == len(ROWS)
 
 
+def test_agreement_with_the_published_figures(tmp_path: Path) -> None:
+    kept = [*requests(None, 0.4), *requests("fcfs", 0.1), *requests("mcps", 0.15)]
+    other = [*requests(None, 0.4), *requests("fcfs", 0.1), *requests("mcps", 0.05)]
+    notes = [published_note(write(tmp_path / f"{i}", rows)) for i, rows in enumerate((kept, other))]
+    # Published at 1 QPS: fcfs 4.271x and 4.874x, mcps 4.317x and 2.927x; here fcfs 4x and 4x.
+    assert "3 of 4 are within 25%" in notes[0]
+    assert "1 of 1 are kept" in notes[0]
+    assert "2 of 4 are within 25%" in notes[1]
+    assert "0 of 1 are kept" in notes[1]
+
+
+def published_note(path: Path) -> str:
+    rows = load_rows([path])
+    ((setting, cells),) = by_setting(measured(rows.requests)).items()
+    found = {table.name: table for table in tables_of(setting, cells, rows, None)}
+    return found["published"].note
+
+
 def test_rows_that_are_not_to_be_compared(tmp_path: Path) -> None:
     manifest = MANIFEST | {"spec": {"name": "cpu"}}
     assert "published" not in tables(write(tmp_path / "rows", ROWS, manifest))
