@@ -34,6 +34,9 @@ WORKDIR /opt/sglang-stream
 COPY pyproject.toml README.md ./
 # hadolint ignore=DL3013
 RUN python3 -m pip install --break-system-packages --no-cache-dir ".[server]"
+# `calibrate` and `bench` are run where the workers will be.
+COPY experiments experiments
+COPY retrieval_clients retrieval_clients
 COPY router router
 COPY sglang_stream sglang_stream
 RUN python3 -m pip install --break-system-packages --no-cache-dir --no-deps .

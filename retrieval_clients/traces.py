@@ -133,7 +133,11 @@ def anns_traces(query_map: Path, on_bad: OnBad = "stop") -> Iterator[Trace]:
     """
     corpus: dict[str, str] = {}
     for part in sorted(_listed(query_map.parent, _CORPUS_FILES)):
-        corpus.update(_json_object(part))
+        for document, text in _json_object(part).items():
+            if isinstance(text, str):
+                corpus[document] = text
+            else:
+                _refuse(part, _BadRow(0, f"document {document} is no text"), on_bad)
     if not corpus:
         raise InvalidRequest(f"{query_map.parent} holds no {_CORPUS_FILES}: put the texts there")
     for query_id, entry in _json_object(query_map).items():

@@ -147,6 +147,8 @@ async def _request_row(
             )
     except StreamError as e:
         return msgspec.structs.replace(row, failed=e.message)
+    except httpx.HTTPError as e:  # the connection broke in the middle of the answer
+        return msgspec.structs.replace(row, failed=f"{type(e).__name__}: {e}")
     return msgspec.structs.replace(row, **_told(timed, began))
 
 
@@ -218,7 +220,7 @@ async def _watched(http: httpx.AsyncClient, work: Awaitable[T], watch_s: float) 
                 raise _died(http)
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError, StreamError):
+        with suppress(asyncio.CancelledError, StreamError, httpx.HTTPError):
             await task
 
 

@@ -187,7 +187,9 @@ class Holdings:
         old, stream.prompt, stream.tokens = stream.hold, prompt, tokens
         stream.reach = min(stream.reach, lcp)
         if stream.saved > lcp:
-            self._drop_copy(stream)
+            stream.saved = lcp - lcp % self.pool.page
+            if not stream.saved:
+                self._drop_copy(stream)
         self.hold(stream)
         if old is None or old.length <= lcp:
             return 0

@@ -11,6 +11,7 @@ import asyncio
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import Annotated
@@ -102,7 +103,7 @@ def run_serve(
     from sglang_stream.cli.serve import serve as run
 
     _require("server", "sglang")
-    if prefill_workers or decode_workers:
+    if (prefill_workers or decode_workers) and not _transfers_otherwise(ctx.args):
         _require("disaggregation", "mooncake")
     _require_model(model_path)
     known = _known(profile)
@@ -327,6 +328,11 @@ def _require(extra: str, *packages: str) -> None:
             raise WorkerUnavailable(
                 f'this needs the package {package}: pip install "sglang-stream[{extra}]"'
             )
+
+
+def _transfers_otherwise(flags: Sequence[str]) -> bool:
+    """Whether SGLang is told how KV migrates; else it is by Mooncake."""
+    return any(flag.startswith("--disaggregation-transfer-backend") for flag in flags)
 
 
 def _require_model(path: str) -> None:

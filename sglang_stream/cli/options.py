@@ -62,7 +62,7 @@ PassMs = Annotated[
         "--stream-pass-ms",
         min=0.001,
         help="How long an iteration that computes open streams may be predicted to take: a request "
-        "that is complete never waits for more.",
+        "that is complete waits for little more.",
         show_default="the profile's, else 50, up to 10 times a forward's fixed cost where "
         "complete requests are rare",
         rich_help_panel=_SCHEDULING,

@@ -116,7 +116,7 @@ class Holdings:
         old, stream.tokens = stream.hold, tokens
         stream.reach = min(stream.reach, lcp)
         if stream.saved > lcp:
-            self.drop_copy(stream)
+            self._cut_copy(stream, lcp - lcp % self._page)
         self._metrics.found_again.inc(self.hold(stream))
         if old is None or old.length <= lcp:
             return 0
@@ -157,6 +157,14 @@ class Holdings:
         """Forgets the copy in host memory, if there is one."""
         self.host.drop(stream.session.stream_id)
         stream.saved = 0
+
+    def _cut_copy(self, stream: Stream, length: int) -> None:
+        """Keeps the first `length` tokens of the copy in host memory."""
+        if not length:
+            self.drop_copy(stream)
+            return
+        self.host.cut(stream.session.stream_id, length)
+        stream.saved = length
 
     def _release(self, stream: Stream) -> None:
         """Unlocks a stream's KV, which stays cached until it is evicted."""

@@ -12,7 +12,7 @@ Seam used: `k_buffer` and `v_buffer` of SGLang's pools (`mem_cache/memory_pool.p
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,15 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class KvCopy:
-    """The KV of the first `length` tokens of a prompt: of each buffer of the pool its rows."""
+    """The KV of the first `length` tokens of a prompt: of each buffer of the pool its rows. There
+    are more rows where the prompt has changed after the first ones."""
 
     parts: list[torch.Tensor]
     length: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.parts[0])
 
 
 class KvCopier:
@@ -53,7 +58,7 @@ class KvCopier:
     def back(self, copy: KvCopy, start: int, slots: torch.Tensor) -> None:
         """Writes the KV of the copy's tokens from `start` on into `slots`."""
         for buffer, part in zip(self._buffers, copy.parts, strict=True):
-            buffer[slots] = self._to_device(part[start:])
+            buffer[slots] = self._to_device(part[start : copy.length])
 
     def _to_host(self, gathered: torch.Tensor) -> torch.Tensor:
         if self._stream is None:
@@ -101,13 +106,18 @@ class HostMemory:
         """Keeps a copy; returns whose copies it has dropped for it. It must fit."""
         self.drop(stream_id)
         dropped: list[str] = []
-        while self.tokens + copy.length > self.capacity:
+        while self.tokens + copy.rows > self.capacity:
             oldest, gone = self._copies.popitem(last=False)
-            self.tokens -= gone.length
+            self.tokens -= gone.rows
             dropped.append(oldest)
         self._copies[stream_id] = copy
-        self.tokens += copy.length
+        self.tokens += copy.rows
         return dropped
+
+    def cut(self, stream_id: str, length: int) -> None:
+        """Only the first `length` tokens of a copy are any use; it keeps its place in memory, since
+        it may not even have arrived there."""
+        self._copies[stream_id] = replace(self._copies[stream_id], length=length)
 
     def get(self, stream_id: str) -> KvCopy | None:
         return self._copies.get(stream_id)
@@ -116,4 +126,4 @@ class HostMemory:
         """Forgets a copy, if there is one."""
         copy = self._copies.pop(stream_id, None)
         if copy is not None:
-            self.tokens -= copy.length
+            self.tokens -= copy.rows

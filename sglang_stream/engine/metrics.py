@@ -14,7 +14,9 @@ class EngineMetrics:
     """`sglang_stream_*` of one scheduler process. SGLang must have set up its collecting directory
     (`--enable-metrics`) before for them to reach the page. `policy`: a label of what it decides."""
 
-    def __init__(self, policy: PolicyName = "slack", registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(
+        self, policy: PolicyName = "slack", registry: CollectorRegistry = REGISTRY
+    ) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
             names = ["policy", *labels]
             return Counter(f"sglang_stream_{name}", text, names, registry=registry)

@@ -144,19 +144,23 @@ class Planner:
                 break
             room = view.restore + want + pool.page  # each request may be rounded up by a page
             takes = not view.parked and self._preemption != "off"
-            while takes and room > spare and lower > index + 1:
-                lower -= 1
-                victim = ranked[lower]
+            found: list[Victim] = []
+            had, reached = spare, lower
+            while takes and room > had and reached > index + 1:
+                reached -= 1
+                victim = ranked[reached]
                 if victim.held and not victim.full and not victim.busy:
-                    victims.append(Victim(victim.id, self._swaps(victim, pool)))
-                    spare += victim.held
-            if room > spare:
-                want = spare - view.restore - pool.page
+                    found.append(Victim(victim.id, self._swaps(victim, pool)))
+                    had += victim.held
+            if room > had:
+                want = had - view.restore - pool.page
                 want -= want % pool.page
                 if want < pool.page:
                     if takes:
                         break
                     continue
+            victims += found
+            spare, lower = had, reached
             if view.restore:
                 restores.append(view.id)
             passes.append(Pass(view.id, want))

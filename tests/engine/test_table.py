@@ -286,7 +286,7 @@ def test_a_swapped_stream_comes_back_as_it_was(evicted: int) -> None:
     rig.check()
 
 
-def test_the_oldest_copy_gives_way_and_an_update_ends_the_copy() -> None:
+def test_the_oldest_copy_gives_way_and_an_update_shortens_the_copy() -> None:
     rig = Rig(host_tokens=250)
     for name in ("a", "b", "c"):
         stream = rig.open(name, "update")
@@ -295,11 +295,17 @@ def test_the_oldest_copy_gives_way_and_an_update_ends_the_copy() -> None:
         rig.preempt(name, swap=True)
     assert [rig.table.live[n].saved for n in "abc"] == [0, 100, 100]
     rig.cache.evict(EvictParams(num_tokens=POOL))
-    rig.update("b", 2, range(ord("b"), ord("b") + 99))
-    assert rig.table.live["b"].saved == 0
+    rig.update("b", 2, range(ord("b"), ord("b") + 60))
+    assert rig.table.live["b"].saved == 60
+    rig.check()
+    assert rig.table.kv.restore("b") == 60
+    assert rig.table.live["b"].held == 60
+    assert rig.table.kv.host.tokens == 100
+    rig.check()
     rig.update("c", 2, range(ord("c"), ord("c") + 120))
     assert rig.table.live["c"].saved == 100
-    rig.table.drop(rig.table.live["c"])
+    rig.update("c", 3, range(1000, 1100))
+    assert rig.table.live["c"].saved == 0
     assert rig.table.kv.host.tokens == 0
     rig.check()
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import pairwise
 
 import numpy as np
@@ -42,6 +42,15 @@ def test_every_list_is_another_full_one(revisions: Revisions, count: int, seed: 
         assert len(set(shown)) == len(shown) == revisions.documents
     seen = sorted({d for shown in lists for d in shown})
     assert seen == list(range(len(seen)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("documents", 0), ("inserted", 0.0), ("moved", -1.0), ("depth", 1.1), ("flips", -0.1)],
+)
+def test_what_cannot_be_generated_is_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        replace(MEASURED, **{field: value})
 
 
 def test_a_measurement_by_hand() -> None:

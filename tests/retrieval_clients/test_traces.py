@@ -230,6 +230,13 @@ def test_a_bad_entry_of_the_map_is_named_or_skipped(
     assert [trace.query_id for trace in anns_traces(found, "skip")] == ["7"]
 
 
+def test_a_document_that_is_no_text_is_named_or_skipped(tmp_path: Path) -> None:
+    found = search(tmp_path, (0, 1, "(1)"), corpus={"1": "one", "2": None})
+    with pytest.raises(InvalidRequest, match=r"part\.0\.json: document 2 is no text"):
+        list(anns_traces(found))
+    assert [trace.query_id for trace in anns_traces(found, "skip")] == ["7"]
+
+
 @pytest.mark.parametrize("on_bad", ["stop", "skip"])
 def test_json_that_is_none_is_named_with_its_line(tmp_path: Path, on_bad: OnBad) -> None:
     found = search(tmp_path, (0, 1, "(1)"))
