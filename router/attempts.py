@@ -15,7 +15,7 @@ import random
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from secrets import token_hex
 from typing import Any
 
@@ -41,7 +41,7 @@ from sglang_stream.errors import (
     TooLarge,
     WorkerUnavailable,
 )
-from sglang_stream.messages import Query, SealCall, Usage
+from sglang_stream.messages import Accepted, Query, SealCall, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,33 @@ class Attempts:
         self._in_background = in_background
 
     async def events(
-        self, stream: Stream, generation: Generation, params: dict[str, Any], last_seq: int | None
+        self,
+        stream: Stream,
+        generation: Generation,
+        params: dict[str, Any],
+        last_seq: int | None,
+        sending: asyncio.Task[Accepted] | None = None,
     ) -> AsyncIterator[WorkerEvent]:
         """The workers' events, over as many attempts as it takes, and what they mean for the
-        stream."""
+        stream. `sending`: the last chunks, whose answer is still to come."""
+        events = self._events(stream, generation, params, last_seq, sending)
+        try:
+            async with aclosing(events):  # type: ignore[type-var]
+                async for event in events:
+                    yield event
+        finally:
+            if sending is not None:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+
+    async def _events(
+        self,
+        stream: Stream,
+        generation: Generation,
+        params: dict[str, Any],
+        last_seq: int | None,
+        sending: asyncio.Task[Accepted] | None,
+    ) -> AsyncIterator[WorkerEvent]:
         now, failed = params, False
         for attempt in itertools.count():
             try:
@@ -100,9 +123,16 @@ class Attempts:
                     await self._after_failure(stream)
                     raise
                 failed = True
+                if sending is not None:  # what was sent goes along to wherever the stream goes on
+                    sending.cancel()
+                    sending = None
                 logger.warning("stream %s: %s; trying again", stream.id, e.message)
                 await asyncio.sleep(self._retries.delay_s(attempt + 1, random.random))
             except (SequenceGap, SequenceConflict):
+                if sending is not None:  # the seal was there before, or they were refused
+                    await self._arrived(stream, sending)
+                    sending, failed = None, False
+                    continue
                 if last_seq is not None or attempt == self._retries.max_retries:
                     await self._after_failure(stream)
                     raise
@@ -119,6 +149,18 @@ class Attempts:
                 if isinstance(e, _REFUSALS) and not generation.begun:
                     await self._unseal(stream)
                 raise
+
+    async def _arrived(self, stream: Stream, sending: asyncio.Task[Accepted]) -> None:
+        """Returns when the last chunks were accepted. If they are refused they are forgotten, and
+        the worker's error is raised."""
+        try:
+            await asyncio.shield(sending)
+        except StreamError:
+            stream.forget_chunks()
+            with suppress(StreamError):
+                await self._moves.refresh(stream)
+            await self._after_failure(stream)
+            raise
 
     @staticmethod
     def _seal(stream: Stream, last_seq: int | None) -> SealCall:

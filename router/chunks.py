@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from router.auth import Caller
@@ -20,9 +22,21 @@ from sglang_stream.errors import (
     StreamNotFound,
     WorkerUnavailable,
 )
-from sglang_stream.messages import Accepted, Append, Update, digest, pack_tokens
+from sglang_stream.messages import Accepted, Append, Mode, Update, digest, pack_tokens
 
 _TRIES = 4
+
+
+@dataclass(frozen=True)
+class ChunkCall:
+    """One numbered call as it goes to the worker. `ids`: what it adds, or the whole context;
+    `memo`: what travels with the stream from then on."""
+
+    seq: int
+    kind: Mode
+    ids: array[int]
+    placement: Placement | None
+    memo: bytes | None
 
 
 class Chunks:
@@ -45,66 +59,71 @@ class Chunks:
     async def append(self, stream_id: str, body: ChunksBody, caller: Caller) -> Accepted:
         """Adds chunks. Raises StreamNotFound, Malformed, BodyTooLarge and the worker's errors."""
         stream = await self._moves.find(stream_id, caller)
-        prompts = self._cluster.model.prompts
         async with stream.sending:
-            ids = await prompts.chunks(body)
-            packed = pack_tokens(ids)
-            content = digest(packed)
-            # Sent in this order; the answers need not be waited for one by one.
-            asking = asyncio.create_task(
-                self._tell(
-                    stream,
-                    lambda epoch, owner: Append(stream.id, body.seq, packed, content, epoch, owner),
-                )
-            )
+            call = await self.prepare(stream, body)
+            asking = self.send(stream, call)
+        # Sent in this order; the answers need not be waited for one by one.
         answer = await asking
-        stream.accepted(body.seq, ids, answer)
+        stream.accepted(call.seq, call.ids, answer)
         if stream.known_seq < stream.seq and stream.state == "open":
             self._in_background(self._sync(stream))  # another router has sent some
-        self._metrics.chunks.inc()
         return answer
 
     async def update(self, stream_id: str, body: ContextBody, caller: Caller) -> Accepted:
         """Replaces the context; raises as `append` does."""
         stream = await self._moves.find(stream_id, caller)
-        prompts = self._cluster.model.prompts
         async with stream.sending:
-            placement: Placement | None = None
-            memo: bytes | None = None
-            if body.documents is None:
-                ids = prompts.context(body.input_ids or [])
-            else:
-                placement = stream.place(body.seq, body.documents)
-                memo = stream.memo(placement.after)
-                ids = await prompts.documents(placement.texts)
-            packed = pack_tokens(ids)
-            content = digest(packed)
-            answer = await self._tell(
-                stream,
-                lambda epoch, owner: Update(
-                    stream.id, body.seq, packed, content, epoch, owner, memo
-                ),
-            )
-            stream.accepted(body.seq, ids, answer, placement)
-        self._metrics.chunks.inc()
+            return await self.take(stream, await self.prepare(stream, body))
+
+    async def prepare(self, stream: Stream, body: ChunksBody | ContextBody) -> ChunkCall:
+        """What a call sends. Raises Malformed. Must hold `stream.sending`."""
+        prompts = self._cluster.model.prompts
+        placement: Placement | None = None
+        memo: bytes | None = None
+        if isinstance(body, ChunksBody):
+            ids = await prompts.chunks(body)
+        elif body.documents is None:
+            ids = prompts.context(body.input_ids or [])
+        else:
+            placement = stream.place(body.seq, body.documents)
+            memo = stream.memo(placement.after)
+            ids = await prompts.documents(placement.texts)
+        kind: Mode = "append" if isinstance(body, ChunksBody) else "update"
+        return ChunkCall(body.seq, kind, ids, placement, memo)
+
+    def send(self, stream: Stream, call: ChunkCall) -> asyncio.Task[Accepted]:
+        """Sends a call to the worker that holds the stream: its answer."""
+
+        async def ask() -> Accepted:
+            answer = await self._tell(stream, call)
+            self._metrics.chunks.inc()
+            return answer
+
+        return asyncio.create_task(ask())
+
+    async def take(self, stream: Stream, call: ChunkCall) -> Accepted:
+        """Sends a call, and notes what the worker has accepted. Must hold `stream.sending`."""
+        answer = await self.send(stream, call)
+        stream.accepted(call.seq, call.ids, answer, call.placement)
         return answer
 
     async def _sync(self, stream: Stream) -> None:
         with suppress(StreamError):  # tried again with the next call
             await self._moves.sync(stream)
 
-    async def _tell(
-        self, stream: Stream, event: Callable[[int, bytes], Append | Update]
-    ) -> Accepted:
-        """The answer to an event, made for an epoch and an owner, from whichever worker holds the
-        stream by then."""
+    async def _tell(self, stream: Stream, call: ChunkCall) -> Accepted:
+        """The answer to a call from whichever worker holds the stream by then."""
+        packed = pack_tokens(call.ids)
+        content = digest(packed)
         for attempt in range(_TRIES):
             if stream.is_lost and stream.state in ("sealed", "finished"):
                 raise sealed(stream)  # a replay would open it again
             worker = await self._moves.ensure(stream)
             epoch = stream.epoch
+            fields = (stream.id, call.seq, packed, content, epoch, stream.owner)
+            event = Append(*fields) if call.kind == "append" else Update(*fields, call.memo)
             try:
-                answer = await worker.ask(event(epoch, stream.owner))
+                answer = await worker.ask(event)
                 if stream.epoch == epoch:
                     return answer
                 # It was moved meanwhile, perhaps without this; a repeat does no harm.

@@ -113,6 +113,28 @@ class ContextBody(Body):
         return self
 
 
+class LastBody(Body):
+    """The last chunk, or the whole context, in the call that generates."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of("chunks", "documents", "input_ids"))
+
+    seq: Seq
+    chunks: Annotated[list[str | DocumentBody], Field(min_length=1)] | None = None
+    documents: list[str | DocumentBody] | None = None
+    input_ids: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LastBody:
+        _exactly_one(chunks=self.chunks, documents=self.documents, input_ids=self.input_ids)
+        return self
+
+    def call(self, mode: Mode) -> ChunksBody | ContextBody:
+        """The same as a call of its own, to a stream of this mode."""
+        if self.documents is not None or (self.chunks is None and mode == "update"):
+            return ContextBody(seq=self.seq, documents=self.documents, input_ids=self.input_ids)
+        return ChunksBody(seq=self.seq, chunks=self.chunks, input_ids=self.input_ids)
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
 
@@ -146,6 +168,7 @@ class GenerateBody(Body):
 
     question: str | None = None
     input_ids: list[int] | None = None
+    last: LastBody | None = None
     last_seq: Annotated[int, Field(ge=0, le=2**53)] | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     stream: bool | None = None
@@ -180,6 +203,8 @@ class GenerateBody(Body):
     def _fits_together(self) -> GenerateBody:
         if self.question is not None and self.input_ids is not None:
             raise ValueError("give 'question' or 'input_ids', not both")
+        if self.last is not None and self.last_seq not in (None, self.last.seq):
+            raise ValueError("'last_seq' is the 'seq' of 'last', if both are given")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give 'max_tokens' or 'max_completion_tokens', not both")
         if self.top_k == 0:
@@ -200,6 +225,11 @@ class GenerateBody(Body):
             except (re.error, OverflowError, RecursionError) as e:
                 raise ValueError(f"no regular expression: {e}") from None
         return stop_regex
+
+    @property
+    def sealed_at(self) -> int | None:
+        """The number of the last call that the answer is to be about, if it is told."""
+        return self.last_seq if self.last is None else self.last.seq
 
     @property
     def limit(self) -> int | None:

@@ -45,7 +45,7 @@ from sglang_stream.errors import (
     StreamSealed,
     WorkerUnavailable,
 )
-from sglang_stream.messages import Abort, Open, Query, Status, pack_tokens
+from sglang_stream.messages import Abort, Accepted, Open, Query, Status, pack_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -186,17 +186,11 @@ class StreamService:
             if stream.state != "open":
                 raise sealed(stream)
             worker = await self._moves.ensure(stream)
-            if stream.context() is None or body.last_seq not in (None, stream.known_seq):
-                # Other routers have sent the rest. Without `last_seq` the seal tells (`Attempts`).
+            sending = await self._last(stream, body, len(tail))
+            if stream.context() is None or body.sealed_at not in (None, stream.known_seq):
+                # Other routers have sent the rest. Without a number the seal tells (`Attempts`).
                 await self._moves.sync(stream)
-            room = model.context_len - stream.tokens - len(tail)
-            if room < (body.limit or 1):
-                raise ContextLengthExceeded(
-                    f"the prompt has {stream.tokens + len(tail)} tokens and {body.limit or 1} are "
-                    f"to be generated, together over the model's {model.context_len}: at most "
-                    f"{max(room, 0)} can be generated after this prompt",
-                    param="max_tokens",
-                )
+            self._check_room(stream.tokens + len(tail), body.limit)
             incremental = worker.info.incremental
             generation = Generation(
                 body.request_id,
@@ -210,8 +204,43 @@ class StreamService:
             stream.generation, stream.tail = generation, tail
         self.budget.request(time.monotonic())
         params = sampling_params(body, model.prompts.defaults(stream.opening))
-        generation.start(self._attempts.events(stream, generation, params, body.last_seq))
+        generation.start(self._attempts.events(stream, generation, params, body.sealed_at, sending))
         return stream, generation
+
+    async def _last(
+        self, stream: Stream, body: GenerateBody, tail: int
+    ) -> asyncio.Task[Accepted] | None:
+        """Sends the chunks that came with the call. Where they surely are the next ones the seal
+        follows at once, and the worker's answer is returned, still to come.
+
+        Raises as `Chunks.append`, and ContextLengthExceeded before anything is sent.
+        """
+        if body.last is None:
+            return None
+        call = await self.chunks.prepare(stream, body.last.call(stream.mode))
+        tokens = stream.tokens_with(call.seq, call.ids)
+        if tokens is None:
+            await self._moves.sync(stream)
+            tokens = stream.tokens_with(call.seq, call.ids)
+        if tokens is None or call.kind != stream.mode or tokens > self.cluster.model.context_len:
+            await self.chunks.take(stream, call)
+            return None
+        self._check_room(tokens + tail, body.limit)
+        sending = self.chunks.send(stream, call)
+        stream.accepted(call.seq, call.ids, Accepted(call.seq, tokens), call.placement)
+        return sending
+
+    def _check_room(self, tokens: int, limit: int | None) -> None:
+        """Raises ContextLengthExceeded if no answer of `limit` tokens fits after the prompt."""
+        context_len = self.cluster.model.context_len
+        room = context_len - tokens
+        if room < (limit or 1):
+            raise ContextLengthExceeded(
+                f"the prompt has {tokens} tokens and {limit or 1} are to be generated, together "
+                f"over the model's {context_len}: at most {max(room, 0)} can be generated after "
+                "this prompt",
+                param="max_tokens",
+            )
 
     def _abandoned(self, stream: Stream, generation: Generation) -> None:
         """Nobody reads the generation any more."""

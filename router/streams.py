@@ -188,6 +188,14 @@ class Stream:
         if answer.seq >= self.seq:
             self.seq, self.tokens = answer.seq, answer.tokens
 
+    def tokens_with(self, seq: int, ids: array[int]) -> int | None:
+        """The prompt's length once call `seq` is accepted; None if that cannot be told from here:
+        the call does not follow on what is known."""
+        follows = seq == self.known_seq + 1 if self.mode == "append" else seq > self.known_seq
+        if not follows or self.context() is None:
+            return None
+        return len(ids) + (self.tokens if self.mode == "append" else len(self.opening.tokens))
+
     def context(self) -> array[int] | None:
         """All ids of the prompt so far; None if the worker has some that are not known of here."""
         ids = array("i", self.opening.tokens)

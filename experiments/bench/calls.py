@@ -71,10 +71,22 @@ class LoadClient:
         await self._call("PUT", f"/v1/streams/{stream_id}/context", {"seq": seq, "input_ids": ids})
 
     async def generate(
-        self, stream_id: str, last_seq: int, question: Sequence[int], max_tokens: int
+        self,
+        stream_id: str,
+        last_seq: int,
+        question: Sequence[int],
+        max_tokens: int,
+        last: Sequence[int] | None = None,
     ) -> Timed:
-        """Seals a stream and reads its answer."""
-        body = {"last_seq": last_seq, "input_ids": question, "max_tokens": max_tokens}
+        """Seals a stream and reads its answer; `last`: the ids of its last call, if it goes along,
+        as in the SDK."""
+        body: dict[str, Any] = {
+            "last_seq": last_seq,
+            "input_ids": question,
+            "max_tokens": max_tokens,
+        }
+        if last is not None:
+            body["last"] = {"seq": last_seq, "input_ids": last}
         return await self._answer(f"/v1/streams/{stream_id}/generate", body)
 
     async def plain(self, prompt: Sequence[int], max_tokens: int) -> Timed:

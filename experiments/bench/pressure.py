@@ -155,18 +155,20 @@ async def _wait(client: LoadClient, request: Request, began: float) -> Timed:
 
 
 async def _stream(client: LoadClient, request: Request, began: float) -> Timed:
-    """Sends each chunk when it is due, one call at a time; an update that is late by then gives
-    way to the next one, as in the SDK."""
+    """Sends each chunk when it is due, one call at a time, and the last one with the call that
+    generates; an update that is late by then gives way to the next one. All as in the SDK."""
     await until(began + request.arrival_s)
     stream_id = await client.open(request.mode, request.opening)
     send = client.append if request.mode == "append" else client.update
-    last = len(request.chunks)
-    for seq, chunk in enumerate(request.chunks, start=1):
+    *chunks, last = request.chunks
+    for seq, chunk in enumerate(chunks, start=1):
         await until(began + chunk.at_s)
-        late = seq < last and began + request.chunks[seq].at_s <= time.perf_counter()
+        late = began + request.chunks[seq].at_s <= time.perf_counter()
         if not (late and request.mode == "update"):
             await send(stream_id, seq, chunk.ids)
-    return await client.generate(stream_id, last, request.question, ANSWER_TOKENS)
+    await until(began + last.at_s)
+    seq = len(request.chunks)
+    return await client.generate(stream_id, seq, request.question, ANSWER_TOKENS, last.ids)
 
 
 async def _warm_up(client: LoadClient, mode: Mode) -> None:

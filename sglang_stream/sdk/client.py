@@ -19,7 +19,7 @@ import msgspec
 from httpx_sse import EventSource, SSEError
 
 from sglang_stream.errors import EngineFailure, StreamError, WorkerUnavailable, from_fields
-from sglang_stream.sdk.outbox import Call
+from sglang_stream.sdk.outbox import TEXTS_FIELDS, Call
 
 CALL_TIMEOUT_S = 30.0
 """For the answer to everything but a generation; a call that is answered at once in health."""
@@ -91,11 +91,15 @@ class AsyncStreamClient:
 
     async def append(self, stream_id: str, call: Call) -> dict[str, Any]:
         """Sends chunks: `{"seq", "tokens"}`."""
-        return await self.json("POST", f"/v1/streams/{stream_id}/chunks", call.body("chunks"))
+        return await self.json(
+            "POST", f"/v1/streams/{stream_id}/chunks", call.body(TEXTS_FIELDS["append"])
+        )
 
     async def update(self, stream_id: str, call: Call) -> dict[str, Any]:
         """Sets the whole context: `{"seq", "tokens", "lcp"}`."""
-        return await self.json("PUT", f"/v1/streams/{stream_id}/context", call.body("documents"))
+        return await self.json(
+            "PUT", f"/v1/streams/{stream_id}/context", call.body(TEXTS_FIELDS["update"])
+        )
 
     async def abort(self, stream_id: str) -> None:
         """Drops the stream, or ends its generation. One try, no error: what is missed expires."""

@@ -11,10 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sglang_stream.messages import Mode
 from sglang_stream.sdk.items import Ids, Piece, Texts
 
 GATHERED_CHARACTERS = 1 << 18
 """Pending chunks are put into one call up to this many characters (token ids count as 4)."""
+
+
+TEXTS_FIELDS: dict[Mode, str] = {"append": "chunks", "update": "documents"}
+"""The API's names for texts."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Outbox(Protocol):
     def last_seq(self) -> int:
         """The highest number given out, 0 before the first."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to send."""
+
     def add(self, piece: Piece) -> None:
         """Takes an item of the caller's."""
 
@@ -64,6 +73,10 @@ class AppendOutbox:
     @property
     def last_seq(self) -> int:
         return len(self._calls)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._next == len(self._calls) and not self._pending
 
     def add(self, piece: Piece) -> None:
         self._pending.append(piece)
@@ -97,6 +110,10 @@ class UpdateOutbox:
     @property
     def last_seq(self) -> int:
         return self._latest.seq if self._latest else 0
+
+    @property
+    def is_empty(self) -> bool:
+        return self._pending is None and not self._again
 
     def add(self, piece: Piece) -> None:
         self._pending = piece

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sglang_stream.errors import InvalidRequest
 from sglang_stream.messages import Mode
 from sglang_stream.sdk.items import Ids, Piece, Texts, int_list
+from sglang_stream.sdk.outbox import TEXTS_FIELDS, Call
 
 Order = Literal["relevance", "sticky"]
 
@@ -70,9 +71,11 @@ class Plan:
         }
         return body | {k: v for k, v in optional.items() if v is not None}
 
-    def generation(self, last_seq: int, request_id: str) -> dict[str, Any]:
-        """The body that seals the stream and generates."""
+    def generation(self, last_seq: int, request_id: str, last: Call | None) -> dict[str, Any]:
+        """The body that seals the stream and generates; `last`: the call that goes along."""
         body: dict[str, Any] = {"last_seq": last_seq, "request_id": request_id, "stream": True}
+        if last is not None:
+            body["last"] = last.body(TEXTS_FIELDS[self.mode])
         if self.question is not None:
             body["question"] = self.question
         if self.question_ids is not None:

@@ -1,11 +1,13 @@
 """One request whose context arrives over time, from its first item to its last token.
 
     the caller's items --accept--> outbox --calls, one at a time--> server
-                        end        then generate --events--> pieces of text
+                        end        the last one with generate --events--> pieces of text
 
-Items are taken while calls are under way. Nothing runs in the background once the first text is
-there, nor before it is asked for. Every task lives inside `pieces`, so cancelling or closing that
-ends everything, and the stream is dropped at the server too.
+Items are taken while calls are under way. The last call goes along with the one that generates, if
+it is known to be the last by then: the answer need not wait until it was taken up. Nothing runs in
+the background once the first text is there, nor before it is asked for. Every task lives inside
+`pieces`, so cancelling or closing that ends everything, and the stream is dropped at the server
+too.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class StreamedRequest:
         self._changed: anyio.Event | None = None
         self._stream_id: str | None = None
         self._plain_model: str | None = None
+        self._last: Call | None = None
         self._request_id = uuid.uuid4().hex
         self._repairs_left = 8
         self._replays_left = 1
@@ -137,13 +140,15 @@ class StreamedRequest:
         await _together(call, wait)
 
     async def _send(self, client: AsyncStreamClient) -> None:
-        """Sends what there is until no more can come."""
+        """Sends what there is until no more can come, and keeps the last call for `_generate`."""
+        self._last = None
         while True:
             call = self._outbox.take() if self._plain_model is None else None
+            if self._ended and (call is None or self._outbox.is_empty):
+                self._last = call
+                return
             if call is not None:
                 await self._deliver(client, call)
-            elif self._ended:
-                return
             else:
                 self._changed = anyio.Event()
                 await self._changed.wait()
@@ -211,7 +216,7 @@ class StreamedRequest:
     def _generation(self) -> tuple[str, dict[str, Any]]:
         if self._plain_model is not None:
             return self._plan.plain(self._outbox.pieces(), self._plain_model)
-        body = self._plan.generation(self._outbox.last_seq, self._request_id)
+        body = self._plan.generation(self._outbox.last_seq, self._request_id, self._last)
         return f"/v1/streams/{self._stream_id}/generate", body
 
 

@@ -38,6 +38,7 @@ from sglang_stream.session import Session, Verdict
 USAGE = m.Usage(chunks=3, updates=1, lcp_tokens=7, computed_tokens=11, ready_tokens=10)
 
 QUERY = -2
+CHUNKS = -3
 ABORTED = {"type": "abort", "message": "Aborted", "status_code": None}
 
 
@@ -98,7 +99,8 @@ class FakeWorker:
     """What a test sets and what it finds afterwards.
 
     `script`: the cumulative texts of an answer, one event each; `gates[i]` holds event i back,
-    `gates[QUERY]` the answers to queries; `heard`: what came at the socket, answered or not.
+    `gates[QUERY]` the answers to queries, `gates[CHUNKS]` chunks before they take effect;
+    `heard`: what came at the socket, answered or not.
     `finish`: the reason of the last event. `answers`: whether the socket answers at all.
     `spoken`: the length of an answer by `greedy` instead of the script; `breaks_after`: the event
     after which its connection ends; `fails`: the error of every generation. `secret`: of its
@@ -173,6 +175,8 @@ class FakeWorker:
                 continue
             if isinstance(question, m.Query):
                 await self._pass(QUERY)
+            if isinstance(question, m.Append | m.Update):
+                await self._pass(CHUNKS)
             try:
                 answer = self._answer(question)
             except StreamError as e:

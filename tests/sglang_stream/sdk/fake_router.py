@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from sglang_stream.errors import StreamError, StreamNotFound
-from sglang_stream.messages import digest
+from sglang_stream.messages import Mode, digest
 from sglang_stream.session import Session, Verdict
 
 Fault = Callable[[], Response | None]
@@ -74,6 +74,16 @@ class FakeRouter:
 
     def of(self, kind: str) -> list[Seen]:
         return [call for call in self.calls if call.kind == kind]
+
+    def contents(self) -> list[dict[str, Any]]:
+        """The numbered calls in order, those that came with `generate` included."""
+        found: list[dict[str, Any]] = []
+        for call in self.calls:
+            if call.kind in ("chunks", "context"):
+                found.append(call.body)
+            elif call.kind == "generate" and "last" in call.body:
+                found.append(call.body["last"])
+        return found
 
     def applied(self) -> int:
         """The last number that took effect, over all streams."""
@@ -134,18 +144,23 @@ class FakeRouter:
 
     def _event(self, seen: Seen) -> Response:
         stream = self._find(seen.stream_id)
-        event = "append" if seen.kind == "chunks" else "update"
-        content = seen.body.get("chunks", seen.body.get("documents", seen.body.get("input_ids")))
-        key = digest(json.dumps(content).encode())
-        verdict = stream.session.check(event, seen.body["seq"], key)
-        if verdict is Verdict.APPLY:
-            stream.session.record(seen.body["seq"], key)
-            stream.context = stream.context + content if event == "append" else content
+        self._apply(stream, "append" if seen.kind == "chunks" else "update", seen.body)
         return JSONResponse({"seq": seen.body["seq"], "tokens": 0, "lcp": 0}, 202)
+
+    @staticmethod
+    def _apply(stream: FakeStream, event: Mode, body: dict[str, Any]) -> None:
+        content = body.get("chunks", body.get("documents", body.get("input_ids")))
+        key = digest(json.dumps(content).encode())
+        verdict = stream.session.check(event, body["seq"], key)
+        if verdict is Verdict.APPLY:
+            stream.session.record(body["seq"], key)
+            stream.context = stream.context + content if event == "append" else content
 
     def _run(self, seen: Seen) -> Response:
         stream = self._find(seen.stream_id)
         if stream.session.state == "open":
+            if "last" in seen.body:
+                self._apply(stream, stream.session.mode, seen.body["last"])
             stream.session.check_seal(seen.body["last_seq"])
             stream.session.seal()
         stream.generated += 1

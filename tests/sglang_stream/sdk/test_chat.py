@@ -26,6 +26,12 @@ def chat(router: FakeRouter, chunks: Any, *args: Any, **options: Any) -> Stream:
     return stream_chat(chunks, *args, base_url=router.url, **options)
 
 
+def sent(router: FakeRouter, item: Any, calls: int = 1) -> Iterator[Any]:
+    """The last item, which ends the iterable only once it was sent in a call of its own."""
+    yield item
+    router.wait_for(lambda: len(router.of("chunks")) >= calls)
+
+
 def no_threads_left() -> bool:
     return not any("sglang-stream" in t.name for t in threading.enumerate())
 
@@ -38,9 +44,10 @@ def test_chunks_arrive_in_order_and_the_answer_comes_back(router: FakeRouter) ->
     seen = router.only_stream()
     assert seen.context == texts
     assert seen.opening == {"mode": "append", "messages": []}
-    assert [c.body["seq"] for c in router.of("chunks")] == list(range(1, seen.session.seq + 1))
+    assert [b["seq"] for b in router.contents()] == list(range(1, seen.session.seq + 1))
     (call,) = router.of("generate")
     assert call.body.pop("request_id")
+    call.body.pop("last", None)
     assert call.body == {
         "question": "Why?",
         "last_seq": seen.session.seq,
@@ -101,10 +108,7 @@ def test_chunks_that_wait_for_a_call_go_in_one(router: FakeRouter) -> None:
         gate.set()
 
     list(chat(router, chunks()))
-    assert [c.body["chunks"] for c in router.of("chunks")] == [
-        ["first"],
-        [f"next {i}" for i in range(9)],
-    ]
+    assert [b["chunks"] for b in router.contents()] == [["first"], [f"next {i}" for i in range(9)]]
 
 
 def test_sending_goes_on_while_the_iterable_is_waited_for(router: FakeRouter) -> None:
@@ -129,7 +133,7 @@ def test_only_the_newest_list_is_sent(router: FakeRouter) -> None:
 
     list(chat(router, lists(), "Q", mode="update", order="sticky"))
     assert router.only_stream().opening == {"mode": "update", "order": "sticky", "messages": []}
-    assert [c.body for c in router.of("context")] == [
+    assert router.contents() == [
         {"seq": 1, "documents": ["a"]},
         {"seq": 2, "documents": ["c", {"id": "d", "text": "D"}]},
     ]
@@ -275,7 +279,7 @@ def test_calls_are_repeated_with_the_same_number(router: FakeRouter) -> None:
     router.faults["open"].append(failing(503))
     router.faults["chunks"].extend([lost, failing(502)])
     router.late_faults["chunks"].append(lost)
-    assert "".join(chat(router, ["a"])) == "Hello, world"
+    assert "".join(chat(router, sent(router, "a"))) == "Hello, world"
     assert [c.body for c in router.of("chunks")] == [{"seq": 1, "chunks": ["a"]}] * 4
     assert router.only_stream().context == ["a"]
 
@@ -293,7 +297,7 @@ def test_a_generation_lost_before_its_first_token_is_asked_for_again(router: Fak
 def test_the_same_call_is_not_repeated_for_ever(router: FakeRouter) -> None:
     router.faults["chunks"].extend([lost] * 9)
     with pytest.raises(WorkerUnavailable, match="no answer from"):
-        list(chat(router, ["a"], max_retries=2))
+        list(chat(router, sent(router, "a"), max_retries=2))
     assert len(router.of("chunks")) == 3
 
 
@@ -309,8 +313,6 @@ def test_an_address_without_a_scheme() -> None:
 
 @pytest.mark.parametrize("mode", ["append", "update"])
 def test_a_gap_is_filled_from_the_number_expected(router: FakeRouter, mode: Any) -> None:
-    kind = "chunks" if mode == "append" else "context"
-
     def forget() -> None:
         # The server falls back to an older copy, as after the loss of a worker.
         seen = router.only_stream()
@@ -324,7 +326,7 @@ def test_a_gap_is_filled_from_the_number_expected(router: FakeRouter, mode: Any)
 
     router.faults["generate"].append(forget)
     list(chat(router, items(), mode=mode))
-    seqs = [c.body["seq"] for c in router.of(kind)]
+    seqs = [body["seq"] for body in router.contents()]
     assert seqs == [1, 2, 3, *([1, 2, 3] if mode == "append" else [3])]
     assert router.only_stream().context == (["0", "1", "2"] if mode == "append" else ["2"])
     assert len(router.of("open")) == 1
@@ -334,14 +336,14 @@ def test_a_gap_that_cannot_be_filled_is_an_error(router: FakeRouter) -> None:
     gap = {"code": "seq_gap", "message": "gap", "expected_seq": 5}
     router.faults["chunks"].append(failing(409, gap))
     with pytest.raises(SequenceGap):
-        list(chat(router, ["a"]))
+        list(chat(router, sent(router, "a")))
 
 
 def test_a_gap_that_never_closes_is_an_error(router: FakeRouter) -> None:
     gap = {"code": "seq_gap", "message": "gap", "expected_seq": 1}
     router.faults["chunks"].extend([failing(409, gap)] * 50)
     with pytest.raises(SequenceGap):
-        list(chat(router, ["a"]))
+        list(chat(router, sent(router, "a", calls=9)))
     assert len(router.of("chunks")) < 20
 
 
@@ -355,7 +357,7 @@ def test_a_lost_stream_is_replayed_in_a_new_one(router: FakeRouter, kind: str) -
         router.wait_for(lambda: router.applied() == 1)
         if kind == "chunks":
             router.faults["chunks"].append(lose)
-        yield "b"
+        yield from sent(router, "b", calls=2)
 
     if kind == "generate":
         router.faults["generate"].append(lose)

@@ -49,6 +49,33 @@ async def test_chunks_arrive_in_order_and_the_answer_comes_back(router: FakeRout
     assert completion["choices"][0]["message"]["content"] == "Hello, world"
 
 
+@pytest.mark.parametrize("mode", ["append", "update"])
+async def test_the_last_item_goes_along_with_the_generation(router: FakeRouter, mode: Any) -> None:
+    """Nobody waits for the answer to a call that is known to be the last one."""
+    items = ["a", "b"] if mode == "append" else [["a"], ["b"]]
+
+    async def source() -> AsyncIterator[Any]:
+        yield items[0]
+        await until(router, lambda: router.applied() == 1)
+        yield items[1]
+
+    await chat(router, source(), mode=mode).get_final_completion()
+    texts = "chunks" if mode == "append" else "documents"
+    (call,) = router.of("generate")
+    assert (call.body["last"], call.body["last_seq"]) == ({"seq": 2, texts: ["b"]}, 2)
+    assert [body["seq"] for body in router.contents()] == [1, 2]
+    assert router.only_stream().context == (["a", "b"] if mode == "append" else ["b"])
+
+
+@pytest.mark.parametrize("items", [["a"], ["a", "b", "c"]])
+async def test_what_goes_along_is_repeated_with_it(router: FakeRouter, items: list[str]) -> None:
+    router.late_faults["generate"].append(lost)
+    await chat(router, from_list(items)).get_final_completion()
+    first, second = router.of("generate")
+    assert first.body == second.body
+    assert router.only_stream().context == items
+
+
 async def test_pending_lists_coalesce(router: FakeRouter) -> None:
     gate = router.gates["context"] = threading.Event()
 
@@ -61,7 +88,7 @@ async def test_pending_lists_coalesce(router: FakeRouter) -> None:
 
     async with chat(router, lists(), mode="update") as stream:
         await stream.get_final_completion()
-    assert [c.body for c in router.of("context")] == [
+    assert router.contents() == [
         {"seq": 1, "documents": ["a"]},
         {"seq": 2, "documents": ["c"]},
     ]
@@ -175,8 +202,12 @@ async def test_a_break_out_of_a_loop_is_enough(router: FakeRouter) -> None:
 
 
 async def test_a_time_out_repeats_the_call(router: FakeRouter) -> None:
+    async def items() -> AsyncIterator[str]:
+        yield "a"
+        await until(router, lambda: router.of("chunks"))
+
     router.late_faults["chunks"].append(lost)
-    stream = chat(router, from_list(["a"]))
+    stream = chat(router, items())
     await stream.get_final_completion()
     assert [c.body["seq"] for c in router.of("chunks")] == [1, 1]
     assert router.only_stream().context == ["a"]
