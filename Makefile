@@ -40,11 +40,12 @@ test: $(STAMP) ## Tests without the long ones
 test-long: $(STAMP) ## All tests
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(STAMP) ## Format, lint, types, and which module imports which
+check: $(STAMP) ## Format, lint, types, which module imports which, coverage of the policies
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_import_arrows.py
+	$(BIN)/python -m pytest tests/sglang_stream/policy --cov=sglang_stream.policy --cov-fail-under=95
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -26,6 +26,7 @@ SECRET = "a secret of the tests"
 REPEATS = [pytest.param(0, id="once")] + [  # of a test in which a process is killed or stopped
     pytest.param(i, id=f"again-{i}", marks=pytest.mark.long) for i in range(1, 5)
 ]
+KILLED_S, STOPPED_S = 5.0, 10.0  # to the first right token, besides the replay's prefill
 BAD_WORDS = ("leak detected", "Scheduler hit an exception", "Traceback (most recent call last)")
 
 

@@ -14,11 +14,16 @@ from contextlib import contextmanager
 import pytest
 
 from tests.cluster.calls import Answer, append, cold, generate, generating, opened, tokens, update
-from tests.cluster.processes import REPEATS, ClusterProcesses, WorkerProcess
+from tests.cluster.processes import (
+    KILLED_S,
+    REPEATS,
+    STOPPED_S,
+    ClusterProcesses,
+    WorkerProcess,
+)
 from tests.harness import wait_until
 
 ANSWER = 24
-KILLED_S, STOPPED_S = 5.0, 10.0  # to the first right token, besides the replay's prefill
 
 
 class Stream:
@@ -131,7 +136,26 @@ def test_a_prefill_worker_killed_between_the_seal_and_the_first_token(
 def test_a_decode_worker_killed_after_the_fifth_token(
     cluster: ClusterProcesses, again: int
 ) -> None:
-    stream = Stream(cluster, f"decode {again}", answer=200)
+    _continues_elsewhere(cluster, f"decode {again}", WorkerProcess.kill, KILLED_S)
+
+
+@pytest.mark.long
+def test_a_decode_worker_that_stops_after_the_fifth_token(cluster: ClusterProcesses) -> None:
+    def stop(worker: WorkerProcess) -> None:
+        worker.signal(signal.SIGSTOP)
+
+    try:
+        _continues_elsewhere(cluster, "decode stops", stop, STOPPED_S)
+    finally:
+        for worker in cluster.of_role("decode"):
+            worker.signal(signal.SIGCONT)
+
+
+def _continues_elsewhere(
+    cluster: ClusterProcesses, name: str, fault: Callable[[WorkerProcess], None], most_s: float
+) -> None:
+    """Another decode worker goes on with the answer within `most_s` besides the replay."""
+    stream = Stream(cluster, name, answer=200)
     stream.send(1, 4)
     answer = Answer()
     events = generating(stream.http, stream.id, stream.tail, 200, answer, last_seq=4)
@@ -144,15 +168,15 @@ def test_a_decode_worker_killed_after_the_fifth_token(
     [decoder] = wait_until(busy, 5, "a report of who decodes")
     replays = "sglang_stream_router_replays_total"
     before = cluster.counted(replays, reason="continued")
-    decoder.kill()
+    fault(decoder)
     # What had come before is read at once; the longest wait is the recovery.
     waits, last = [0.0], time.monotonic()
     for _ in events:
         waits.append(time.monotonic() - last)
         last = time.monotonic()
     assert cluster.counted(replays, reason="continued") == before + 1
-    limit_s = KILLED_S + stream.prefill_s
-    print(f"decode worker killed: next token after {max(waits):.1f} s (limit {limit_s:.1f} s)")
+    limit_s = most_s + stream.prefill_s
+    print(f"{name}: next token after {max(waits):.1f} s (limit {limit_s:.1f} s)")
     assert max(waits) <= limit_s
     stream.check(answer)
 
