@@ -10,9 +10,9 @@ before it, over a link that each prefill worker has and that is as fast as copie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from experiments.request_row import RequestMode, RequestRow
+from experiments.cells import Cell
+from experiments.request_row import RequestRow
 from experiments.simulate.batches import Limits, Request
 from experiments.simulate.clients import Client, ResendClient, StreamingClient, WaitingClient
 from experiments.simulate.decode import DecodeWorker
@@ -22,21 +22,10 @@ from experiments.simulate.worker import Worker, WorkerSettings
 from experiments.spec import EngineSpec
 from experiments.workload.shapes import Arrived
 from router.placement import choose_decode, choose_prefill
-from sglang_stream.config import PlacementName, Profile
+from sglang_stream.config import Profile
 from sglang_stream.policy import PolicyName
 
 _GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What one load is run with. `policy`: None where nothing is streamed."""
-
-    mode: RequestMode
-    policy: PolicyName | None
-    placement: PlacementName
-    qps: float
-    seed: int
 
 
 def settings_of(profile: Profile, engine: EngineSpec, policy: PolicyName | None) -> WorkerSettings:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +11,11 @@ import msgspec
 import typer
 
 from experiments import display
+from experiments.cells import Cell, cells_of
 from experiments.command import run_command
 from experiments.rows import Row, RowFile, manifest
-from experiments.simulate.cluster import Cell, simulate
-from experiments.spec import CellsSpec, Spec, WorkloadSpec, load_spec
+from experiments.simulate.cluster import simulate
+from experiments.spec import Spec, WorkloadSpec, load_spec, spec_fields
 from experiments.workload.arrivals import arrivals_of
 from experiments.workload.load import queries_of
 from experiments.workload.shapes import Query
@@ -47,7 +46,7 @@ def run(
     _queries(wanted.workload)  # what is wrong with a trace shows here
     file = RowFile(out)
     file.add(manifest(machine.model, [], wanted.workload.seed) | _told(wanted, profile))
-    cells = list(cells_of(wanted.cells))
+    cells = cells_of(wanted.cells)
     with display.progress() as progress, ProcessPoolExecutor() as pool:
         task = progress.add_task(f"{len(cells)} cells", total=len(cells))
         for rows in pool.map(partial(_simulated, wanted, machine), cells):
@@ -69,17 +68,10 @@ def _queries(workload: WorkloadSpec) -> list[Query]:
     return queries_of(workload)
 
 
-def cells_of(spec: CellsSpec) -> Iterator[Cell]:
-    """Every cell: a mode without streams has no policy to vary."""
-    for seed, qps, placement, mode in product(spec.seeds, spec.qps, spec.placements, spec.modes):
-        for policy in spec.policies if mode == "streaming" else (None,):
-            yield Cell(mode, policy, placement, qps, seed)
-
-
 def _told(spec: Spec, profile: str) -> dict[str, object]:
     """What the manifest says of a simulation."""
     return {
         "source": "simulator",
         "profile": profile,
-        "spec": msgspec.to_builtins(spec, enc_hook=str),
+        "spec": spec_fields(spec),
     }

@@ -6,7 +6,7 @@ import random
 
 from hypothesis import strategies as st
 
-from experiments.simulate.cluster import Cell
+from experiments.cells import Cell
 from experiments.spec import EngineSpec
 from experiments.workload.shapes import Arrived, Document, Query, Step
 from sglang_stream.config import Figure, Profile, load_profile

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.cells import Cell
 from experiments.request_row import RequestRow
 from experiments.simulate.batches import Batches, Formed
-from experiments.simulate.cluster import Cell, Cluster, simulate
+from experiments.simulate.cluster import Cluster, simulate
 from experiments.simulate.holdings import Stream
 from experiments.spec import EngineSpec
 from experiments.workload.shapes import Arrived, Document, Query, Step

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.simulate.cluster import Cell, simulate
+from experiments.cells import Cell
+from experiments.simulate.cluster import simulate
 from experiments.spec import load_spec
 from experiments.stats import percentile
 from experiments.workload.arrivals import arrivals_of

@@ -8,8 +8,8 @@ import pytest
 
 from experiments.request_row import RequestRow
 from experiments.rows import read_rows
-from experiments.simulate.run import cells_of, main
-from experiments.spec import CellsSpec, load_spec
+from experiments.simulate.run import main
+from experiments.spec import load_spec
 from sglang_stream.errors import InvalidRequest
 
 SPECS = Path(__file__).parents[3] / "experiments" / "specs"
@@ -46,12 +46,6 @@ def test_a_specification_becomes_a_manifest_and_a_row_a_request(kind: str, tmp_p
     shown = json.dumps(rows)
     assert main([str(spec), "--profile", "h200-tp2", "--out", str(out)]) == 0
     assert json.dumps(read_rows(out)[1:]) == shown
-
-
-def test_only_streaming_has_policies() -> None:
-    cells = list(cells_of(CellsSpec(policies=("fcfs", "mcps"), qps=(1.0, 2.0), seeds=(0, 1))))
-    assert len(cells) == 2 * 2 * 3
-    assert {cell.policy for cell in cells if cell.mode == "waiting"} == {None}
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
