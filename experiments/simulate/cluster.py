@@ -77,12 +77,12 @@ class Cluster:
     def run(self, load: Sequence[Arrived], output: int) -> list[Client]:
         """Answers all requests of a load. Raises RuntimeError if one is never answered."""
         clients = [self._client(arrived, output) for arrived in load]
-        for client in clients:
-            if client.query.prompt_tokens + output < self._room:
-                client.begin()
+        begun = [client for client in clients if client.space < self._room]
+        for client in begun:
+            client.begin()
         self.clock.run()
-        for client in clients:
-            if client.end_s is None and client.query.prompt_tokens + output < self._room:
+        for client in begun:
+            if client.end_s is None:
                 raise RuntimeError(f"{client.query.query_id} was never answered")
         return clients
 
@@ -111,11 +111,10 @@ class Cluster:
         self._placed += 1
         return next(worker for worker in self.workers if worker.name == chosen.name)
 
-    def ask(self, worker: Worker, request: Request, client: Client | None) -> None:
+    def ask(self, worker: Worker, request: Request, client: Client) -> None:
         """Hands a worker a full request, once a decode worker has room for it where there are
         some; the client hears of its tokens."""
-        if client is not None:
-            self._clients[request] = client
+        self._clients[request] = client
         if not self.decoders:
             worker.post(lambda: worker.ask(request))
             return
@@ -151,13 +150,10 @@ class Cluster:
         return False
 
     def _first_token(self, request: Request) -> None:
-        if request in self._clients:
-            self._clients[request].first_token_s = self.clock.now + self.call_s
+        self._clients[request].first_token(request, self.clock.now + self.call_s)
 
     def _ended(self, request: Request) -> None:
-        client = self._clients.pop(request, None)
-        if client is not None:
-            client.end_s = self.clock.now + self.call_s
+        self._clients.pop(request).ended(request, self.clock.now + self.call_s)
 
 
 def row_of(client: Client, cell: Cell, machine: str, workload: str) -> RequestRow:

@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 
 from experiments.cells import Cell
 from experiments.request_row import RequestRow
-from experiments.simulate.batches import Batches, Formed
+from experiments.simulate.batches import Batches, Formed, Request
+from experiments.simulate.clients import Client
 from experiments.simulate.cluster import Cluster, simulate
 from experiments.simulate.holdings import Stream
+from experiments.simulate.worker import Worker
 from experiments.spec import EngineSpec
 from experiments.workload.shapes import Arrived, Document, Query, Step
 from tests.experiments.simulate.loads import (
@@ -66,6 +68,44 @@ def test_a_resent_prompt_finds_what_it_has_in_common_with_the_one_before() -> No
     row = one(append_query("q", (0.5, 500), (2.0, 300)), RESEND)
     assert ttft(row) == pytest.approx(PREFILL.seconds(310, 505) + 2 * CALL_S)
     assert row.cached_tokens == 505
+
+
+def test_who_resends_waits_for_the_answer_before() -> None:
+    """What came while the first prompt was computed goes into one request, the last one too."""
+    chunks = ((0.5, 2000), (0.55, 100), (0.6, 100), (3.0, 300), (3.01, 200))
+    row = one(append_query("q", *chunks), RESEND)
+    second = PREFILL.seconds(300, 2205) + 2 * CALL_S
+    rest = PREFILL.seconds(210, 2505) + 2 * CALL_S
+    assert second > 0.01
+    assert ttft(row) == pytest.approx(second - 0.01 + rest)
+    assert row.seal_s == pytest.approx(1.0 + 3.0 + second)
+    assert row.cached_tokens == 2505
+
+
+def test_the_prompts_on_the_way_of_who_resends() -> None:
+    query = append_query("q", (0.5, 2000), (0.55, 100), (0.6, 100), (3.0, 300))
+    asked: list[tuple[str, int]] = []
+
+    class Told(Cluster):
+        def ask(self, worker: Worker, request: Request, client: Client) -> None:
+            asked.append((request.id, request.tokens))
+            super().ask(worker, request, client)
+
+    Told(machine(), DIRECT, RESEND).run([Arrived(1.0, query)], 1)
+    assert asked == [("q/1", 2005), ("q/3", 2205), ("q", 2515)]
+
+
+def test_a_list_on_the_way_that_is_larger_than_the_pool() -> None:
+    """It would be refused if it were sent, while a stream only computes as much as there is room
+    for."""
+    lists = ((Document("a", 5000),), (Document("b", 100),))
+    query = Query("q", "update", tuple(Step(1.0 + i, each) for i, each in enumerate(lists)), 5, 10)
+    rows = {
+        cell.mode: simulate(machine(kv_tokens=4000), DIRECT, cell, [Arrived(0.0, query)], 1, "t")[0]
+        for cell in (WAITING, RESEND, streaming())
+    }
+    assert rows["resend"].failed is not None
+    assert rows["waiting"].failed is rows["streaming"].failed is None
 
 
 def test_an_update_keeps_the_common_prefix_and_finds_a_list_that_comes_back() -> None:
