@@ -14,7 +14,7 @@ from experiments import display
 from experiments.cells import Cell, cells_of
 from experiments.command import run_command
 from experiments.rows import Row, RowFile, manifest
-from experiments.simulate.cluster import simulate
+from experiments.simulate.rows import simulate
 from experiments.spec import Spec, WorkloadSpec, load_spec, spec_fields
 from experiments.workload.arrivals import arrivals_of
 from experiments.workload.load import queries_of
