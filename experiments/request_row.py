@@ -36,7 +36,7 @@ class RequestRow(LoadRow, frozen=True, kw_only=True, tag="request"):
     """One request of one load. A refused one has `failed` and no times after the seal.
 
     `cached_tokens`: prompt tokens found in the cache, 0 for waiting. Counters are those of
-    `usage.stream`, None where the mode has none.
+    `usage.stream`, None where the mode has none; but `chunks` are then the steps.
     """
 
     query_id: str

@@ -82,15 +82,12 @@ def steps_of(specs: Path, out: Path) -> list[Step]:
 
 def _run(step: Step) -> int:
     """The exit status. A simulation is quick and starts anew unless it is complete."""
+    common = (str(step.spec), "--out", str(step.rows))
     if step.profile is None:
-        return replay([str(step.spec), "--out", str(step.rows), *_SMALL])
+        return replay([*common, *_SMALL])
     if is_simulated(step):
         return 0
-    part = step.rows.with_suffix(".part")
-    status = simulate([str(step.spec), "--profile", step.profile, "--out", str(part)])
-    if status == 0:
-        part.replace(step.rows)
-    return status
+    return simulate([*common, "--profile", step.profile, "--events"])
 
 
 def is_simulated(step: Step) -> bool:

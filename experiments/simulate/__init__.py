@@ -7,7 +7,10 @@
     batches    which prefill slices make up an iteration
     worker     one prefill or unified worker: its queue and its iterations
     decode     a decode worker
-    cluster    requests from their arrival to their row, placement and transfers
+    clients    who asks, in one of the modes
+    cluster    requests from their arrival to their answer, placement and transfers
+    timeline   what happens meanwhile, and the part of it that is kept
+    rows       a cell as the rows that the runner writes
     run        the command `sglang-stream simulate`
 
 Policies, order, planner, predictor and placement are the product's own objects; the rest follows

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from experiments.simulate.holdings import Stream
+from experiments.simulate.holdings import Moved, Stream
 from experiments.simulate.pool import Node, Pool, Prompt
 from experiments.simulate.table import StreamTable
 from sglang_stream.policy import (
@@ -99,13 +99,11 @@ class Limits:
 
 @dataclass
 class Formed:
-    """An iteration's slices, the lengths of copies that are made before it, and whether anybody's
-    KV was given up or came back."""
+    """An iteration's slices, and whose KV is given up and comes back before it."""
 
     slices: list[Slice] = field(default_factory=list)
-    swapped_out: list[int] = field(default_factory=list)
-    swapped_in: list[int] = field(default_factory=list)
-    has_moved: bool = False
+    preempted: list[Moved] = field(default_factory=list)
+    restored: list[Moved] = field(default_factory=list)
 
 
 class Batches:
@@ -160,14 +158,13 @@ class Batches:
         works = (prefill.work_s(part.end - part.start, part.start) for part in slices)
         return prefill.base_s + sum(works)
 
-    def make_room_to_decode(self) -> list[int]:
-        """Preempts streams if the next decode step would not fit; returns the lengths of their
-        copies to host memory."""
+    def make_room_to_decode(self) -> list[Moved]:
+        """Preempts streams if the next decode step would not fit; returns what they gave up."""
         deficit = len(self.running) - self._pool.available
         if deficit <= 0:
             return []
         victims = self.planner.make_room(self._table.kv.order.views, deficit, self._pool_view())
-        return [t for victim in victims if (t := self._table.kv.preempt(victim))]
+        return [self._table.kv.preempt(victim) for victim in victims]
 
     def admitted(self, request: Request) -> None:
         """A request has its own lock now; its stream's is given back."""
@@ -248,9 +245,9 @@ class Batches:
 
     def _apply(self, decision: Decision, formed: Formed) -> None:
         kv = self._table.kv
-        formed.swapped_out = [t for victim in decision.victims if (t := kv.preempt(victim))]
-        formed.swapped_in = [t for stream_id in decision.restores if (t := kv.restore(stream_id))]
-        formed.has_moved = bool(decision.victims or formed.swapped_in)
+        formed.preempted = [kv.preempt(victim) for victim in decision.victims]
+        restored = [kv.restore(stream_id) for stream_id in decision.restores]
+        formed.restored = [moved for moved in restored if moved.copied]
 
     def _passes(self, decision: Decision) -> list[tuple[Key, Stream, int]]:
         """The planned passes: key, stream, tokens at most."""

@@ -1,7 +1,8 @@
 """Who asks: one client for each request of a load, in one of the modes.
 
     waiting    one ordinary request when the last step has come
-    resend     an ordinary request at each step, of all that has come so far
+    resend     an ordinary request with what has come, for one token, whenever there is something
+               new and the one before is answered; then as waiting
     streaming  open, a call for each step, seal
 
 By `sdk` a client makes one call after the other, each after the answer to the one before; steps
@@ -11,6 +12,7 @@ for nothing, and the last step is also the seal, as for a client inside the serv
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import partial
 from typing import Protocol
 
@@ -32,12 +34,13 @@ class Server(Protocol):
     def place(self, tokens: int, roots: dict[str, Node], prompt: Prompt) -> Worker:
         """The worker for a prompt of which so much is known; `roots`: its trees by worker."""
 
-    def ask(self, worker: Worker, request: Request, client: Client | None) -> None:
+    def ask(self, worker: Worker, request: Request, client: Client) -> None:
         """Hands a worker a full request; the client hears of its tokens."""
 
 
 class Client:
-    """One request. `stream`, `request`: once they are there; times as in `RequestRow`."""
+    """One request. `stream`, `request`: once they are there, of several the last; times as in
+    `RequestRow`."""
 
     def __init__(self, server: Server, arrived: Arrived, output: int) -> None:
         self.query = arrived.query
@@ -55,29 +58,39 @@ class Client:
     def last_chunk_s(self) -> float:
         return self.arrival_s + self.query.last_chunk_s
 
+    @property
+    def space(self) -> int:
+        """KV tokens of its largest request, with the answer."""
+        return self.query.prompt_tokens + self._output
+
     def begin(self) -> None:
         """Plans all that it will do."""
         raise NotImplementedError
 
-    def _ask_at(self, time_s: float, roots: dict[str, Node], steps: int) -> None:
-        """Sends an ordinary request with the first `steps` steps at that time."""
+    def first_token(self, request: Request, at_s: float) -> None:
+        """The first token of one of its requests comes at that time."""
+        if request is self.request:
+            self.first_token_s = at_s
+
+    def ended(self, request: Request, at_s: float) -> None:
+        """The last one comes."""
+        if request is self.request:
+            self.end_s = at_s
+
+    def _ask(self, roots: dict[str, Node], steps: int) -> None:
+        """Sends an ordinary request with the first `steps` steps."""
         query = self.query
         is_last = steps == len(query.steps)
         prompt = opening_of(query) + query.context(steps)
         prompt += question_of(query) if is_last else ()
-
-        def ask() -> None:
-            worker = self._server.place(tokens_of(prompt), roots, prompt)
-            root = roots.setdefault(worker.name, Node())
-            name = query.query_id if is_last else f"{query.query_id}/{steps}"
-            output = self._output if is_last else 1
-            request = Request(name, root, prompt, tokens_of(prompt), output)
-            if is_last:
-                self.seal_s, self.request = self._clock.now, request
-            client = self if is_last else None
-            self._later(lambda: self._server.ask(worker, request, client))
-
-        self._clock.at(time_s, ask)
+        worker = self._server.place(tokens_of(prompt), roots, prompt)
+        root = roots.setdefault(worker.name, Node())
+        name = query.query_id if is_last else f"{query.query_id}/{steps}"
+        output = self._output if is_last else 1
+        request = Request(name, root, prompt, tokens_of(prompt), output)
+        if is_last:
+            self.seal_s, self.request = self._clock.now, request
+        self._later(lambda: self._server.ask(worker, request, self))
 
     def _later(self, action: Action) -> None:
         """What a call does when it has arrived."""
@@ -86,14 +99,41 @@ class Client:
 
 class WaitingClient(Client):
     def begin(self) -> None:
-        self._ask_at(self.last_chunk_s, {}, len(self.query.steps))
+        self._clock.at(self.last_chunk_s, lambda: self._ask({}, len(self.query.steps)))
 
 
 class ResendClient(Client):
+    """`_times_s`: when steps come; `_sent`: how many its latest request had; `_roots`: the trees
+    with its KV, by worker."""
+
+    def __init__(self, server: Server, arrived: Arrived, output: int) -> None:
+        super().__init__(server, arrived, output)
+        self._times_s = [arrived.at_s + step.at_s for step in arrived.query.steps]
+        self._sent = 0
+        self._roots: dict[str, Node] = {}
+
+    @property
+    def space(self) -> int:
+        """A list before the last one may be the longest."""
+        query = self.query
+        before = max(query.context_tokens(steps) for steps in range(len(query.steps)))
+        return max(super().space, query.opening_tokens + before + 1)
+
     def begin(self) -> None:
-        roots: dict[str, Node] = {}
-        for number, step in enumerate(self.query.steps, 1):
-            self._ask_at(self.arrival_s + step.at_s, roots, number)
+        self._send_from(self.arrival_s)
+
+    def ended(self, request: Request, at_s: float) -> None:
+        super().ended(request, at_s)
+        if request is not self.request:
+            self._send_from(at_s)
+
+    def _send_from(self, time_s: float) -> None:
+        """Sends what has come as soon as there is something new, from that time on."""
+        self._clock.at(max(time_s, self._times_s[self._sent]), self._send)
+
+    def _send(self) -> None:
+        self._sent = bisect_right(self._times_s, self._clock.now)
+        self._ask(self._roots, self._sent)
 
 
 class StreamingClient(Client):

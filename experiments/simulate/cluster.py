@@ -1,4 +1,4 @@
-"""The workers of a cell and the requests of a load, from their arrival to their rows.
+"""The workers of a cell and the requests of a load, from their arrival to their answers.
 
     client --call--> placement --> prefill worker --KV--> decode worker --tokens--> client
 
@@ -10,33 +10,22 @@ before it, over a link that each prefill worker has and that is as fast as copie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from experiments.request_row import RequestMode, RequestRow
+from experiments.cells import Cell
 from experiments.simulate.batches import Limits, Request
 from experiments.simulate.clients import Client, ResendClient, StreamingClient, WaitingClient
 from experiments.simulate.decode import DecodeWorker
 from experiments.simulate.events import Clock
 from experiments.simulate.pool import Node, Prompt
+from experiments.simulate.timeline import Happened
 from experiments.simulate.worker import Worker, WorkerSettings
 from experiments.spec import EngineSpec
 from experiments.workload.shapes import Arrived
 from router.placement import choose_decode, choose_prefill
-from sglang_stream.config import PlacementName, Profile
+from sglang_stream.config import Profile
 from sglang_stream.policy import PolicyName
 
 _GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What one load is run with. `policy`: None where nothing is streamed."""
-
-    mode: RequestMode
-    policy: PolicyName | None
-    placement: PlacementName
-    qps: float
-    seed: int
 
 
 def settings_of(profile: Profile, engine: EngineSpec, policy: PolicyName | None) -> WorkerSettings:
@@ -55,9 +44,16 @@ def settings_of(profile: Profile, engine: EngineSpec, policy: PolicyName | None)
 
 
 class Cluster:
-    """The workers, and the clients that wait for an answer of them."""
+    """The workers, and the clients that wait for an answer of them. `happened`: where prefill
+    workers note what they do, None if nobody wants to know."""
 
-    def __init__(self, profile: Profile, engine: EngineSpec, cell: Cell) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        engine: EngineSpec,
+        cell: Cell,
+        happened: list[Happened] | None = None,
+    ) -> None:
         self.clock = Clock()
         self.call_s = profile.call.value if profile.call is not None else 0.0
         self.workers: list[Worker] = []
@@ -75,7 +71,15 @@ class Cluster:
         for number in range(engine.prefill_workers):
             name = f"prefill-{number}"
             self.workers.append(
-                Worker(self.clock, name, settings, self._computed, self._prefilled, self._ended)
+                Worker(
+                    self.clock,
+                    name,
+                    settings,
+                    self._computed,
+                    self._prefilled,
+                    self._ended,
+                    happened,
+                )
             )
             self._links_free_s[name] = 0.0
         for number in range(engine.decode_workers):
@@ -88,12 +92,12 @@ class Cluster:
     def run(self, load: Sequence[Arrived], output: int) -> list[Client]:
         """Answers all requests of a load. Raises RuntimeError if one is never answered."""
         clients = [self._client(arrived, output) for arrived in load]
-        for client in clients:
-            if client.query.prompt_tokens + output < self._room:
-                client.begin()
+        begun = [client for client in clients if client.space < self._room]
+        for client in begun:
+            client.begin()
         self.clock.run()
-        for client in clients:
-            if client.end_s is None and client.query.prompt_tokens + output < self._room:
+        for client in begun:
+            if client.end_s is None:
                 raise RuntimeError(f"{client.query.query_id} was never answered")
         return clients
 
@@ -122,11 +126,10 @@ class Cluster:
         self._placed += 1
         return next(worker for worker in self.workers if worker.name == chosen.name)
 
-    def ask(self, worker: Worker, request: Request, client: Client | None) -> None:
+    def ask(self, worker: Worker, request: Request, client: Client) -> None:
         """Hands a worker a full request, once a decode worker has room for it where there are
         some; the client hears of its tokens."""
-        if client is not None:
-            self._clients[request] = client
+        self._clients[request] = client
         if not self.decoders:
             worker.post(lambda: worker.ask(request))
             return
@@ -162,61 +165,7 @@ class Cluster:
         return False
 
     def _first_token(self, request: Request) -> None:
-        if request in self._clients:
-            self._clients[request].first_token_s = self.clock.now + self.call_s
+        self._clients[request].first_token(request, self.clock.now + self.call_s)
 
     def _ended(self, request: Request) -> None:
-        client = self._clients.pop(request, None)
-        if client is not None:
-            client.end_s = self.clock.now + self.call_s
-
-
-def row_of(client: Client, cell: Cell, machine: str, workload: str) -> RequestRow:
-    """What became of a request."""
-    query, request, stream = client.query, client.request, client.stream
-    usage = stream.usage if stream is not None else None
-    end_s = client.last_chunk_s
-    return RequestRow(
-        source="simulator",
-        machine=machine,
-        workload=workload,
-        mode=cell.mode,
-        stream_policy=cell.policy,
-        placement=cell.placement,
-        qps=cell.qps,
-        seed=cell.seed,
-        query_id=query.query_id,
-        arrival_s=client.arrival_s,
-        last_chunk_s=end_s,
-        iterator_end_s=end_s,
-        seal_s=client.seal_s,
-        first_token_s=client.first_token_s,
-        end_s=client.end_s,
-        ttft_s=client.first_token_s - end_s if client.first_token_s is not None else None,
-        prompt_tokens=query.prompt_tokens,
-        output_tokens=request.generated if request is not None else None,
-        cached_tokens=request.found if request is not None else None,
-        chunks=usage.chunks if usage else None,
-        updates=usage.updates if usage else None,
-        lcp_tokens=usage.lcp_tokens if usage else None,
-        invalidated_tokens=usage.invalidated_tokens if usage else None,
-        computed_tokens=usage.computed_tokens if usage else None,
-        ready_tokens=usage.ready_tokens if usage else None,
-        preemptions=usage.preemptions if usage else None,
-        recomputed_tokens=usage.recomputed_tokens if usage else None,
-        swapped_tokens=usage.swapped_tokens if usage else None,
-        failed=None if request is not None else "prompt and answer do not fit into the KV pool",
-    )
-
-
-def simulate(
-    profile: Profile,
-    engine: EngineSpec,
-    cell: Cell,
-    load: Sequence[Arrived],
-    output: int,
-    workload: str,
-) -> list[RequestRow]:
-    """The rows of one cell, in the order of arrival."""
-    clients = Cluster(profile, engine, cell).run(load, output)
-    return [row_of(client, cell, profile.name, workload) for client in clients]
+        self._clients.pop(request).ended(request, self.clock.now + self.call_s)

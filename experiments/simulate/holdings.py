@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from experiments.simulate.pool import Hold, Node, Pool, Prompt
 from sglang_stream.messages import Mode
@@ -23,7 +24,8 @@ from sglang_stream.policy import (
 
 @dataclass
 class Usage:
-    """The counters of a stream, as `usage.stream` gives them."""
+    """The counters of a stream, as `usage.stream` gives them; the last four are told of workers
+    only. `swaps`: of the preemptions."""
 
     chunks: int = 0
     updates: int = 0
@@ -34,6 +36,18 @@ class Usage:
     preemptions: int = 0
     recomputed_tokens: int = 0
     swapped_tokens: int = 0
+    passes: int = 0
+    swaps: int = 0
+    restored_tokens: int = 0
+    found_again_tokens: int = 0
+
+
+class Moved(NamedTuple):
+    """Tokens whose KV a stream gave up, or got back; `copied`: to or from host memory."""
+
+    stream_id: str
+    tokens: int
+    copied: int
 
 
 @dataclass(eq=False)
@@ -191,39 +205,41 @@ class Holdings:
             if not stream.saved:
                 self._drop_copy(stream)
         self.hold(stream)
+        stream.usage.found_again_tokens += stream.hold.found if stream.hold is not None else 0
         if old is None or old.length <= lcp:
             return 0
         self._end_branch(old.node, stream)
         return old.length - lcp
 
-    def preempt(self, victim: Victim) -> int:
-        """Unlocks a victim's KV, after copying it to host memory if so planned. Returns the tokens
-        that were copied."""
+    def preempt(self, victim: Victim) -> Moved:
+        """Unlocks a victim's KV, after copying it to host memory if so planned."""
         stream = self._streams[victim.id]
+        held = stream.held
         copied = self._save(stream) if victim.swap else 0
         stream.usage.preemptions += 1
+        stream.usage.swaps += copied > 0
         self._release(stream)
         stream.preempted = True
         self.rank(stream)
-        return copied
+        return Moved(stream.id, held, copied)
 
-    def restore(self, stream_id: str) -> int:
-        """Brings a stream's KV back from host memory, if there is room. Returns the tokens that
-        were copied."""
+    def restore(self, stream_id: str) -> Moved:
+        """Brings a stream's KV back from host memory, if there is room."""
         stream = self._streams[stream_id]
         length = stream.saved
         if not length:
-            return 0
+            return Moved(stream_id, 0, 0)
         self.hold(stream)
         missing = max(0, length - stream.held)
         if missing:
             if not self.pool.make_free(missing):
-                return 0
+                return Moved(stream_id, 0, 0)
             self.pool.allocate(missing)
             self.pool.insert(stream.root, stream.prompt, length, missing)
         self._drop_copy(stream)
         self.hold(stream)
-        return missing
+        stream.usage.restored_tokens += missing
+        return Moved(stream_id, missing, missing)
 
     def _drop_copy(self, stream: Stream) -> None:
         self.host.drop(stream.id)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
-from itertools import product
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +16,18 @@ import msgspec
 import typer
 
 from experiments import display
+from experiments.cells import Cell, cells_of
 from experiments.command import run_command
 from experiments.rows import Row, RowFile, manifest
-from experiments.simulate.cluster import Cell, simulate
-from experiments.spec import CellsSpec, Spec, WorkloadSpec, load_spec
+from experiments.simulate.rows import simulate
+from experiments.spec import Spec, WorkloadSpec, load_spec, spec_fields
 from experiments.workload.arrivals import arrivals_of
 from experiments.workload.load import queries_of
 from experiments.workload.shapes import Query
-from sglang_stream.config import Profile, load_profile
+from sglang_stream.config import EngineConfig, Profile, load_profile
+from sglang_stream.errors import InvalidRequest
+
+INTERRUPTED = 130
 
 
 def main(args: list[str]) -> int:
@@ -29,37 +36,108 @@ def main(args: list[str]) -> int:
 
 
 def run(
-    spec: Annotated[Path, typer.Argument(help="What to simulate, a TOML file.")],
-    profile: Annotated[
-        str, typer.Option(help="The machine: a profile's name or file, as for `serve`.")
+    spec_path: Annotated[
+        Path, typer.Argument(metavar="SPEC.toml", help="What to simulate.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="The rows, one a request, as JSON lines.")],
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="The machine: a profile's name or file, as for `serve`.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The rows, as JSON lines.",
+            show_default=".cache/simulate/<name of the specification>.jsonl",
+        ),
+    ] = None,
+    events: Annotated[
+        bool,
+        typer.Option(
+            "--events",
+            help="Also rows of what clients saw and workers did in a short time of one streamed "
+            "cell, for timelines.",
+        ),
+    ] = False,
 ) -> None:
     """Simulate the cells of a specification on a machine that need not be there.
 
-      sglang-stream simulate crawler_h200_tp2.toml --profile h200-tp2 --out rows.jsonl
+      sglang-stream simulate crawler_h200_tp2.toml --profile h200-tp2
 
-    Policies, planner and placement are those of `serve`; what iterations and copies take is the
-    profile's. The rows are those that `replay` writes of a real engine.
+    Policies, planner and placement are those of `serve`; what iterations and
+    copies take is the profile's. The rows are those that `replay` writes of a
+    real engine. A file that is there is replaced when all are complete.
     """
-    wanted = load_spec(spec)
+    spec = load_spec(spec_path)
     machine = load_profile(profile)
-    _queries(wanted.workload)  # what is wrong with a trace shows here
-    file = RowFile(out)
-    file.add(manifest(machine.model, [], wanted.workload.seed) | _told(wanted, profile))
-    cells = list(cells_of(wanted.cells))
-    with display.progress() as progress, ProcessPoolExecutor() as pool:
-        task = progress.add_task(f"{len(cells)} cells", total=len(cells))
-        for rows in pool.map(partial(_simulated, wanted, machine), cells):
-            file.extend(rows)
-            progress.advance(task)
-    display.console().print(f"{len(cells)} cells: their rows are in {out}", soft_wrap=True)
+    _queries(spec.workload)  # what is wrong with a trace shows here
+    path = out or Path(".cache/simulate") / f"{spec.name}.jsonl"
+    cells = cells_of(spec.cells)
+    told = {"source": "simulator", "profile": profile, "spec": spec_fields(spec)}
+    console = display.console()
+    try:
+        with _replacing(path) as file:
+            file.add(manifest(machine.model, [], spec.workload.seed) | told)
+            _simulate_all(spec, machine, cells, drawn_of(cells) if events else None, file)
+    except KeyboardInterrupt:
+        console.print(f"Stopped: nothing was written to {path}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    console.print(f"{len(cells)} cells: their rows are in {path}", soft_wrap=True)
 
 
-def _simulated(spec: Spec, machine: Profile, cell: Cell) -> list[Row]:
+def drawn_of(cells: Sequence[Cell]) -> Cell | None:
+    """The cell with events: streamed at the highest rate, by the order that is the default if it
+    is there, with the first seed. None if nothing is streamed."""
+    streamed = [cell for cell in cells if cell.mode == "streaming"]
+    usual = EngineConfig().policy
+    return max(streamed, key=lambda cell: (cell.qps, cell.policy == usual), default=None)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[RowFile]:
+    """A file to write into, which takes the place of `path` if all goes well, and goes if not.
+    Raises InvalidRequest if it cannot be written."""
+    if path.is_dir():
+        raise InvalidRequest(f"--out {path} is a folder: name a file", param="--out")
+    file = RowFile(path.with_name(f"{path.name}.part"))
+    try:
+        yield file
+        file.path.replace(path)
+    finally:
+        file.path.unlink(missing_ok=True)
+
+
+def _simulate_all(
+    spec: Spec, machine: Profile, cells: Sequence[Cell], drawn: Cell | None, file: RowFile
+) -> None:
+    """All cells, on all cores, in their order."""
+    with ProcessPoolExecutor(initializer=_leave_ctrl_c_to_the_parent) as pool:
+        try:
+            # The processes are forked here, before the display has a thread.
+            done = deque(pool.submit(_rows, spec, machine, cell, cell == drawn) for cell in cells)
+            with display.progress() as progress:
+                task = progress.add_task(f"{len(cells)} cells", total=len(cells))
+                while done:
+                    file.extend(done.popleft().result())
+                    progress.advance(task)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _leave_ctrl_c_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _rows(spec: Spec, machine: Profile, cell: Cell, events: bool) -> list[Row]:
     """The rows of one cell."""
-    load = arrivals_of(spec.workload, _queries(spec.workload), cell.qps, cell.seed)
-    rows = simulate(machine, spec.engine, cell, load, spec.workload.output_tokens, spec.name)
+    workload = spec.workload
+    load = arrivals_of(workload, _queries(workload), cell.qps, cell.seed)
+    rows = simulate(
+        machine, spec.engine, cell, load, workload.output_tokens, spec.name, events=events
+    )
     return [msgspec.to_builtins(row) for row in rows]
 
 
@@ -67,19 +145,3 @@ def _simulated(spec: Spec, machine: Profile, cell: Cell) -> list[Row]:
 def _queries(workload: WorkloadSpec) -> list[Query]:
     """Those of a workload, made once in each process."""
     return queries_of(workload)
-
-
-def cells_of(spec: CellsSpec) -> Iterator[Cell]:
-    """Every cell: a mode without streams has no policy to vary."""
-    for seed, qps, placement, mode in product(spec.seeds, spec.qps, spec.placements, spec.modes):
-        for policy in spec.policies if mode == "streaming" else (None,):
-            yield Cell(mode, policy, placement, qps, seed)
-
-
-def _told(spec: Spec, profile: str) -> dict[str, object]:
-    """What the manifest says of a simulation."""
-    return {
-        "source": "simulator",
-        "profile": profile,
-        "spec": msgspec.to_builtins(spec, enc_hook=str),
-    }

@@ -107,6 +107,7 @@ class StreamTable:
         """The KV of the tokens from `start` to `end` of what then was the prompt is in the tree,
         locked up to `leaf`. The stream may have changed meanwhile."""
         stream.in_flight = False
+        stream.usage.passes += 1
         stream.usage.computed_tokens += end - start
         lcp = min(end, common_tokens(stream.prompt, prompt))
         stream.usage.recomputed_tokens += max(0, min(stream.reach, end) - start)

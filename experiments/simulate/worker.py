@@ -16,11 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+from experiments.request_row import EventName
 from experiments.simulate.batches import Batches, Limits, Request, Slice
 from experiments.simulate.events import Action, Clock
-from experiments.simulate.holdings import Holdings, HostMemory, Stream
+from experiments.simulate.holdings import Holdings, HostMemory, Moved, Stream
 from experiments.simulate.pool import Pool
 from experiments.simulate.table import StreamTable
+from experiments.simulate.timeline import Happened
 from router.placement import WorkerView
 from sglang_stream.policy import CostModel, Decode, Invalidation, PolicyName
 
@@ -45,7 +47,8 @@ class WorkerSettings:
 
 class Worker:
     """`computed` hears of each slice of a request when its KV is there; `prefilled`, of the one
-    with the first token, and says whether it decodes here; `ended`, of one with all tokens."""
+    with the first token, and says whether it decodes here; `ended`, of one with all tokens.
+    `happened`: where it notes what it does, None if nobody wants to know."""
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Worker:
         computed: Callable[[Request], None],
         prefilled: Callable[[Request], bool],
         ended: Callable[[Request], None],
+        happened: list[Happened] | None = None,
     ) -> None:
         self.name = name
         self.pool = Pool(settings.kv_tokens, settings.page)
@@ -71,6 +75,7 @@ class Worker:
         self._prefilled = prefilled
         self._computed = computed
         self._ended = ended
+        self._happened = happened
         self._inbox: deque[Action] = deque()
         self._awake = False
         self._link_free_s = 0.0
@@ -115,22 +120,27 @@ class Worker:
         while self._inbox:
             self._inbox.popleft()()
         formed = self.batches.form()
-        wait_s = self._copy(formed.swapped_out, formed.swapped_in)
+        wait_s = self._move(formed.preempted, formed.restored)
+        begins_s = self._clock.now + wait_s
         if formed.slices:
             seconds = self._prefill_s(formed.slices)
+            for part in formed.slices if self._happened is not None else ():
+                what: EventName = "pass" if isinstance(part.owner, Stream) else "prefill"
+                self._note(what, begins_s, seconds, part.end - part.start, part.owner.id)
             self._end_after(wait_s + seconds, lambda: self._finish_prefill(formed.slices))
         elif self.batches.running:
             running = list(self.batches.running)
-            self._copy(self.batches.make_room_to_decode(), [])
+            self._move(self.batches.make_room_to_decode(), [])
             self.pool.allocate(len(running))
             for request in running:
                 request.decoded += 1
             context = sum(r.tokens + r.generated for r in running)
             seconds = self._settings.decode.seconds(len(running), context)
+            self._note("decode", begins_s, seconds, len(running))
             self._end_after(wait_s + seconds, lambda: self._finish_decode(running))
         else:
-            self._awake = formed.has_moved
-            if formed.has_moved:  # somebody may fit now
+            self._awake = bool(formed.preempted or formed.restored)
+            if self._awake:  # somebody may fit now
                 self._end_after(max(wait_s, _POLL_S), lambda: None)
 
     def _end_after(self, seconds: float, finish: Action) -> None:
@@ -149,14 +159,25 @@ class Worker:
             self._speeds.append(tokens / seconds)
         return seconds
 
-    def _copy(self, out: list[int], back: list[int]) -> float:
+    def _move(self, preempted: list[Moved], restored: list[Moved]) -> float:
         """Queues copies to and from host memory; returns how long those back keep a forward."""
         now, cost = self._clock.now, self._settings.cost
         at = max(now, self._link_free_s)
-        at += sum(cost.swap_out.seconds(tokens) for tokens in out)
-        at += sum(cost.swap_in.seconds(tokens) for tokens in back)
+        for moved in preempted:
+            self._note("preempt", now, 0.0, moved.tokens, moved.stream_id)
+            at += cost.swap_out.seconds(moved.copied) if moved.copied else 0.0
+        for moved in restored:
+            seconds = cost.swap_in.seconds(moved.copied)
+            self._note("restore", at, seconds, moved.copied, moved.stream_id)
+            at += seconds
         self._link_free_s = at
-        return at - now if back else 0.0
+        return at - now if restored else 0.0
+
+    def _note(
+        self, what: EventName, t_s: float, seconds: float, tokens: int, query_id: str | None = None
+    ) -> None:
+        if self._happened is not None:
+            self._happened.append(Happened(what, t_s, seconds, tokens, query_id, self.name))
 
     # --- finish -------------------------------------------------------------------------------
 

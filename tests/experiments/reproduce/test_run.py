@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.report.load import load_rows
 from experiments.reproduce.run import SPECS, is_simulated, main, steps_of
-from experiments.rows import read_rows
 from sglang_stream.errors import InvalidRequest
 
 SPEC = """\
@@ -56,6 +56,10 @@ def test_simulated_and_reported_and_not_again(specs: Path, tmp_path: Path) -> No
     command = ["--specs", str(specs), "--out", str(out)]
     assert main(command) == 0
     assert "b_h200_tp2" in (out / "index.html").read_text()
+    assert {path.stem for path in out.glob("*/timeline-*.svg")} == {
+        "timeline-stream",
+        "timeline-worker",
+    }
     (step,) = steps_of(specs, out)
     assert is_simulated(step)
     rows = step.rows.read_text()
@@ -64,6 +68,6 @@ def test_simulated_and_reported_and_not_again(specs: Path, tmp_path: Path) -> No
     step.spec.write_text(step.spec.read_text().replace("queries = 20", "queries = 10"))
     assert not is_simulated(step)
     assert main(command) == 0
-    assert len(read_rows(step.rows)) == 1 + 20
+    assert len(load_rows([step.rows]).requests) == 2 * 10
     step.rows.write_text(json.dumps({"spec": None}))
     assert not is_simulated(step)

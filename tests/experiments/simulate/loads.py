@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from experiments.simulate.cluster import Cell
+from experiments.cells import Cell
+from experiments.request_row import RequestRow
+from experiments.simulate.rows import simulate
 from experiments.spec import EngineSpec
 from experiments.workload.shapes import Arrived, Document, Query, Step
 from sglang_stream.config import Figure, Profile, load_profile
@@ -52,6 +55,14 @@ def append_query(name: str, *chunks: tuple[float, int], question: int = 10) -> Q
         Step(at_s, (Document(f"{name}.{i}", tokens),)) for i, (at_s, tokens) in enumerate(chunks)
     )
     return Query(name, "append", steps, 5, question)
+
+
+def simulated(
+    profile: Profile, engine: EngineSpec, cell: Cell, load: Sequence[Arrived], output: int = 1
+) -> list[RequestRow]:
+    """The rows of requests."""
+    rows = simulate(profile, engine, cell, load, output, "test")
+    return [row for row in rows if isinstance(row, RequestRow)]
 
 
 def random_load(seed: int, count: int, rate: float) -> list[Arrived]:

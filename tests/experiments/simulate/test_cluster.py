@@ -4,10 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.cells import Cell
 from experiments.request_row import RequestRow
-from experiments.simulate.batches import Batches, Formed
-from experiments.simulate.cluster import Cell, Cluster, simulate
+from experiments.simulate.batches import Batches, Formed, Request
+from experiments.simulate.clients import Client
+from experiments.simulate.cluster import Cluster
 from experiments.simulate.holdings import Stream
+from experiments.simulate.worker import Worker
 from experiments.spec import EngineSpec
 from experiments.workload.shapes import Arrived, Document, Query, Step
 from tests.experiments.simulate.loads import (
@@ -20,6 +23,7 @@ from tests.experiments.simulate.loads import (
     engines,
     machine,
     random_load,
+    simulated,
     streaming,
 )
 
@@ -27,7 +31,7 @@ SDK, DIRECT = EngineSpec(client="sdk"), EngineSpec(client="direct")
 
 
 def one(query: Query, cell: Cell, engine: EngineSpec = DIRECT, output: int = 1) -> RequestRow:
-    (row,) = simulate(machine(), engine, cell, [Arrived(1.0, query)], output, "test")
+    (row,) = simulated(machine(), engine, cell, [Arrived(1.0, query)], output)
     return row
 
 
@@ -65,6 +69,44 @@ def test_a_resent_prompt_finds_what_it_has_in_common_with_the_one_before() -> No
     row = one(append_query("q", (0.5, 500), (2.0, 300)), RESEND)
     assert ttft(row) == pytest.approx(PREFILL.seconds(310, 505) + 2 * CALL_S)
     assert row.cached_tokens == 505
+
+
+def test_who_resends_waits_for_the_answer_before() -> None:
+    """What came while the first prompt was computed goes into one request, the last one too."""
+    chunks = ((0.5, 2000), (0.55, 100), (0.6, 100), (3.0, 300), (3.01, 200))
+    row = one(append_query("q", *chunks), RESEND)
+    second = PREFILL.seconds(300, 2205) + 2 * CALL_S
+    rest = PREFILL.seconds(210, 2505) + 2 * CALL_S
+    assert second > 0.01
+    assert ttft(row) == pytest.approx(second - 0.01 + rest)
+    assert row.seal_s == pytest.approx(1.0 + 3.0 + second)
+    assert row.cached_tokens == 2505
+
+
+def test_the_prompts_on_the_way_of_who_resends() -> None:
+    query = append_query("q", (0.5, 2000), (0.55, 100), (0.6, 100), (3.0, 300))
+    asked: list[tuple[str, int]] = []
+
+    class Told(Cluster):
+        def ask(self, worker: Worker, request: Request, client: Client) -> None:
+            asked.append((request.id, request.tokens))
+            super().ask(worker, request, client)
+
+    Told(machine(), DIRECT, RESEND).run([Arrived(1.0, query)], 1)
+    assert asked == [("q/1", 2005), ("q/3", 2205), ("q", 2515)]
+
+
+def test_a_list_on_the_way_that_is_larger_than_the_pool() -> None:
+    """It would be refused if it were sent, while a stream only computes as much as there is room
+    for."""
+    lists = ((Document("a", 5000),), (Document("b", 100),))
+    query = Query("q", "update", tuple(Step(1.0 + i, each) for i, each in enumerate(lists)), 5, 10)
+    rows = {
+        cell.mode: simulated(machine(kv_tokens=4000), DIRECT, cell, [Arrived(0.0, query)])[0]
+        for cell in (WAITING, RESEND, streaming())
+    }
+    assert rows["resend"].failed is not None
+    assert rows["waiting"].failed is rows["streaming"].failed is None
 
 
 def test_an_update_keeps_the_common_prefix_and_finds_a_list_that_comes_back() -> None:
@@ -107,7 +149,7 @@ def test_a_request_larger_than_the_pool_fails_and_the_others_do_not() -> None:
         Arrived(0.0, append_query("large", (1.0, 5000))),
         Arrived(0.5, append_query("q", (1.0, 50))),
     ]
-    large, small = simulate(machine(kv_tokens=4000), DIRECT, streaming(), load, 1, "test")
+    large, small = simulated(machine(kv_tokens=4000), DIRECT, streaming(), load)
     assert large.failed is not None
     assert large.ttft_s is None
     assert small.failed is None
@@ -118,26 +160,24 @@ def test_streams_that_do_not_fit_lose_their_kv_and_are_computed_again() -> None:
     queries = [append_query(f"q{i}", (0.1, 3000), (3.0, 500)) for i in range(3)]
     load = [Arrived(i * 0.01, query) for i, query in enumerate(queries)]
     engine = EngineSpec(client="direct", kv_tokens=8000, preemption="recompute")
-    rows = simulate(machine(), engine, streaming(), load, 1, "test")
+    rows = simulated(machine(), engine, streaming(), load)
     assert sum(row.preemptions or 0 for row in rows) > 0
     swapping = EngineSpec(client="direct", kv_tokens=8000, preemption="swap", host_memory_gb=1.0)
-    rows = simulate(machine(), swapping, streaming(), load, 1, "test")
+    rows = simulated(machine(), swapping, streaming(), load)
     assert sum(row.swapped_tokens or 0 for row in rows) > 0
 
 
 def test_the_same_load_gives_the_same_rows() -> None:
     load = random_load(3, 40, 4.0)
     engine = EngineSpec(kv_tokens=7000, prefill_workers=2, decode_workers=1, host_memory_gb=0.004)
-    first, again = (
-        simulate(machine(), engine, streaming("slack"), load, 3, "test") for _ in range(2)
-    )
+    first, again = (simulated(machine(), engine, streaming("slack"), load, 3) for _ in range(2))
     assert first == again
 
 
 def test_two_workers_share_a_load() -> None:
     load = random_load(1, 60, 8.0)
     alone, both = (
-        simulate(machine(), EngineSpec(prefill_workers=n), WAITING, load, 1, "test") for n in (1, 2)
+        simulated(machine(), EngineSpec(prefill_workers=n), WAITING, load) for n in (1, 2)
     )
     assert sum(map(ttft, both)) < 0.7 * sum(map(ttft, alone))
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.simulate.cluster import Cell, simulate
+from experiments.cells import Cell
 from experiments.spec import load_spec
 from experiments.stats import percentile
 from experiments.workload.arrivals import arrivals_of
 from experiments.workload.load import queries_of
 from sglang_stream.config import load_profile
+from tests.experiments.simulate.loads import simulated
 
 SPEC = Path(__file__).parents[3] / "experiments" / "specs" / "crawler_h200_tp2.toml"
 
@@ -29,7 +30,7 @@ def test_the_lowest_rate_of_the_crawler_is_as_published(
 ) -> None:
     spec = load_spec(SPEC)
     load = arrivals_of(spec.workload, queries_of(spec.workload), cell.qps, cell.seed)
-    rows = simulate(load_profile("h200-tp2"), spec.engine, cell, load, 1, spec.name)
+    rows = simulated(load_profile("h200-tp2"), spec.engine, cell, load)
     ttft = [row.ttft_s for row in rows if row.ttft_s is not None]
     assert len(ttft) == spec.workload.queries
     assert percentile(ttft, 50) == pytest.approx(p50_s, rel=0.25)
