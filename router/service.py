@@ -77,7 +77,7 @@ class StreamService:
             config.retry_jitter_factor,
         )
         self.budget = RetryBudget()
-        self._moves = Moves(self.cluster, self.streams, self._ids, metrics)
+        self._moves = Moves(self.cluster, self.streams, self._ids, metrics, self._in_background)
         self._attempts = Attempts(
             self.cluster,
             self.streams,
