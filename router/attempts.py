@@ -186,7 +186,7 @@ class Attempts:
         """
         if isinstance(error, WorkerUnavailable):
             return True
-        return len(self._cluster.workers) > 1 and self._budget.may_retry(time.monotonic())
+        return not self._cluster.is_single and self._budget.may_retry(time.monotonic())
 
     async def _is_elsewhere(self, stream: Stream) -> bool:
         """Whether another router has moved the stream, which can then be sealed there."""

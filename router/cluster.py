@@ -127,6 +127,11 @@ class Cluster:
             for w in self.workers.values()
         ]
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is no other worker to try a failed call on."""
+        return len(self.workers) <= 1
+
     def holders(self) -> list[Worker]:
         """The workers that may hold open streams."""
         return [w for w in self.workers.values() if w.ready and w.role != "decode"]
@@ -190,7 +195,7 @@ class Cluster:
         choice = choose_decode(self._config.placement, views, need, self._turn("decode"))
         return self._placed(candidates, choice.name, "decode", choice.reason)
 
-    async def place_request(self, failed: Collection[Worker] = ()) -> tuple[Worker, Worker | None]:
+    async def place_request(self, failed: Collection[Worker]) -> tuple[Worker, Worker | None]:
         """For an ordinary call: who answers it, and who computes its prompt if that is another
         worker; none of the `failed` if there are others. Raises WorkerUnavailable."""
         holder = self.place_stream(array("i"), None, failed)

@@ -37,6 +37,7 @@ from router.schemas import (
 )
 from router.service import StreamService
 from router.streams import Stream
+from router.worker import Worker
 from sglang_stream.config import RouterConfig, WorkerAddress
 from sglang_stream.errors import InvalidRequest, WorkerUnavailable
 
@@ -143,8 +144,8 @@ class RouterHandlers:
             check_object(body)
         service = self._service
 
-        async def place() -> Route:
-            worker, prefill = await service.cluster.place_request()
+        async def place(failed: set[Worker]) -> Route:
+            worker, prefill = await service.cluster.place_request(failed)
             return Route(worker, prefill if request.method == "POST" else None)
 
         answer = ForwardedAnswer(
@@ -152,6 +153,7 @@ class RouterHandlers:
             request,
             body,
             place=place,
+            alone=lambda: service.cluster.is_single,
             namespace=caller.namespace if request.method == "POST" else None,
             retries=service.retries,
             budget=service.budget,
