@@ -22,6 +22,7 @@ from typing import Any
 from router.auth import Caller
 from router.cluster import Cluster
 from router.identity import StreamIds, worker_tag
+from router.logs import log_context
 from router.metrics import RouterMetrics
 from router.streams import Stream, Streams, created_s, unknown
 from router.worker import Worker
@@ -318,10 +319,11 @@ class Moves:
 
 
 async def _drop_copy(worker: Worker, abort: Abort) -> None:
-    try:
-        await worker.ask(abort)
-    except StreamError as e:  # what is missed expires
-        logger.debug("stream %s on %s: %s", abort.stream_id, worker.url, e.message)
+    with log_context(stream_id=abort.stream_id):
+        try:
+            await worker.ask(abort)
+        except StreamError as e:  # what is missed expires
+            logger.debug("stream %s on %s: %s", abort.stream_id, worker.url, e.message)
 
 
 async def _copy(worker: Worker, fetch: Fetch) -> Copy | None:

@@ -101,11 +101,14 @@ class RouterHandlers:
 
     async def look(self, stream_id: str, request: Request) -> Response:
         caller = self._caller(request)
-        stream = await self._service.refresh(stream_id, caller)
+        with log_context(stream_id=stream_id):
+            stream = await self._service.refresh(stream_id, caller)
         return json_response(stream.described(with_worker=caller.admin))
 
     async def delete(self, stream_id: str, request: Request) -> Response:
-        await self._service.delete(stream_id, self._caller(request))
+        caller = self._caller(request)
+        with log_context(stream_id=stream_id):
+            await self._service.delete(stream_id, caller)
         return json_response({"id": stream_id, "object": "stream", "deleted": True})
 
     async def append(self, stream_id: str, request: Request) -> Response:
