@@ -63,8 +63,8 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     one iteration (SGLang's --chunked-prefill-size); `pass_tokens`: of its passes. With
     `decode_workers` they are apart, else `prefill_workers` unified ones. `host_memory_gb`: GiB of
     each device on an engine, of all together in the simulator. `flags` go to `sglang-stream serve`
-    only. `client` is the simulator's: `sdk` awaits the answer to each call, `direct` seals with the
-    last chunk."""
+    only. `client` is the simulator's: `sdk` awaits the answer to each call before the next,
+    `direct` waits for nothing."""
 
     prefill_workers: Count = 1
     decode_workers: Annotated[int, msgspec.Meta(ge=0)] = 0

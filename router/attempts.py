@@ -4,6 +4,8 @@ attempt --ends--> done
    | worker lost, or a failure that another worker may not have
    |-- before the first event: the stream is opened anew with its chunks, and sealed again
    `-- after it: a new stream with the whole prompt and the tokens kept (`increments`)
+
+A worker that has failed is not asked again for the same generation if there is another one.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from router.legs import generate_apart
 from router.metrics import RouterMetrics
 from router.moves import Moves
 from router.streams import Stream, Streams
+from router.worker import Worker
 from sglang_stream.errors import (
     EngineFailure,
     InvalidRequest,
@@ -97,18 +100,19 @@ class Attempts:
         last_seq: int | None,
         sending: asyncio.Task[Accepted] | None,
     ) -> AsyncIterator[WorkerEvent]:
-        now, failed = params, False
+        now, again = params, False
+        failed: set[Worker] = set()
         for attempt in itertools.count():
             try:
-                if failed and stream.state != "open":
+                if again and stream.state != "open":
                     now = generation.increments.resume(params, self._cluster.model.prompts.is_whole)
-                    await self._moves.reopen(stream, self._whole(stream, generation))
+                    await self._moves.reopen(stream, self._whole(stream, generation), failed)
                     seal = SealCall(stream.id)  # the tail has gone with the prompt
                 else:
-                    if failed:
-                        await self._moves.again(stream)
+                    if again:
+                        await self._moves.again(stream, failed)
                     seal = self._seal(stream, last_seq)
-                events = self._attempt(stream, generation, now, seal)
+                events = self._attempt(stream, generation, now, seal, failed)
                 async with aclosing(events):  # type: ignore[type-var]
                     async for event in events:
                         ended = event.meta_info.finish_reason is not None
@@ -122,7 +126,7 @@ class Attempts:
                 if attempt == self._retries.max_retries or not self._may_try_again(e):
                     await self._after_failure(stream)
                     raise
-                failed = True
+                again = True
                 if sending is not None:  # what was sent goes along to wherever the stream goes on
                     sending.cancel()
                     sending = None
@@ -131,19 +135,19 @@ class Attempts:
             except (SequenceGap, SequenceConflict):
                 if sending is not None:  # the seal was there before, or they were refused
                     await self._arrived(stream, sending)
-                    sending, failed = None, False
+                    sending, again = None, False
                     continue
                 if last_seq is not None or attempt == self._retries.max_retries:
                     await self._after_failure(stream)
                     raise
-                failed = False
+                again = False
                 await self._moves.sync(stream)
             except (StreamNotFound, StreamMoved):
                 last = generation.begun or attempt == self._retries.max_retries
                 if last or not await self._is_elsewhere(stream):
                     await self._after_failure(stream)
                     raise
-                failed = False
+                again = False
             except StreamError as e:
                 await self._after_failure(stream)
                 if isinstance(e, _REFUSALS) and not generation.begun:
@@ -170,10 +174,15 @@ class Attempts:
         return SealCall(stream.id, last_seq, stream.tail.tolist())
 
     async def _attempt(
-        self, stream: Stream, generation: Generation, params: dict[str, Any], seal: SealCall
+        self,
+        stream: Stream,
+        generation: Generation,
+        params: dict[str, Any],
+        seal: SealCall,
+        failed: set[Worker],
     ) -> AsyncIterator[WorkerEvent]:
         """One attempt: on the worker that holds the stream, and on a decode worker if that one
-        only computes prompts."""
+        only computes prompts. Who fails joins `failed`."""
         worker = await self._moves.ensure(stream)
         seal = msgspec.structs.replace(seal, epoch=stream.epoch)
         request = {
@@ -183,13 +192,21 @@ class Attempts:
             "sampling_params": {**params, "custom_params": seal.to_custom_params()},
         }
         if worker.role == "unified":
-            attempt = worker.generate(request)
+            attempt = worker.generate(request, failed)
         else:
             prompt = self._whole(stream, generation)
-            decode = await self._cluster.place_decode(len(prompt) + (params["max_new_tokens"] or 1))
+            need = len(prompt) + (params["max_new_tokens"] or 1)
+            decode = await self._cluster.place_decode(need, failed)
             self._metrics.migrations.inc()
             attempt = generate_apart(
-                worker, decode, stream.id, request, prompt, stream.owner, self._in_background
+                worker,
+                decode,
+                stream.id,
+                request,
+                prompt,
+                stream.owner,
+                failed,
+                self._in_background,
             )
         async with aclosing(attempt) as events:  # type: ignore[type-var]
             async for event in events:
@@ -211,7 +228,7 @@ class Attempts:
         """
         if isinstance(error, WorkerUnavailable):
             return True
-        return len(self._cluster.workers) > 1 and self._budget.may_retry(time.monotonic())
+        return not self._cluster.is_single and self._budget.may_retry(time.monotonic())
 
     async def _is_elsewhere(self, stream: Stream) -> bool:
         """Whether another router has moved the stream, which can then be sealed there."""

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,14 +105,20 @@ class Cluster:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    def ready(self, *roles: Role) -> list[Worker]:
-        """The workers of these roles that can be given work now."""
+    def ready(self, *roles: Role, besides: Collection[Worker] = ()) -> list[Worker]:
+        """The workers of these roles that can be given work now; those in `besides` only if there
+        is no other."""
         workers = self.workers.values()
-        return [w for w in workers if w.usable and not w.draining and w.role in roles]
+        found = [w for w in workers if w.usable and not w.draining and w.role in roles]
+        return [w for w in found if w not in besides] or found
 
-    def keeps(self, worker: Worker) -> bool:
-        """Whether streams stay on a worker that holds them: it is not draining, or the only one."""
-        return not worker.draining or not self.ready("unified", "prefill")
+    def keeps(self, worker: Worker, failed: Collection[Worker] = ()) -> bool:
+        """Whether streams stay on a worker that holds them: it is neither draining nor among the
+        `failed`, or there is no better one."""
+        if not worker.draining and worker not in failed:
+            return True
+        others = self.ready("unified", "prefill", besides=failed)
+        return not any(w not in failed for w in others)
 
     def states(self) -> list[tuple[str, str]]:
         """Role and state of each worker."""
@@ -120,6 +126,11 @@ class Cluster:
             (w.role, "lost" if not w.ready else "draining" if w.draining else "ready")
             for w in self.workers.values()
         ]
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is no other worker to try a failed call on."""
+        return len(self.workers) <= 1
 
     def holders(self) -> list[Worker]:
         """The workers that may hold open streams."""
@@ -160,51 +171,56 @@ class Cluster:
 
     # --- placement ----------------------------------------------------------------------------
 
-    def place_stream(self, tokens: array[int], namespace: str | None) -> Worker:
-        """The worker for a new stream that begins with `tokens`. Raises WorkerUnavailable."""
+    def place_stream(
+        self, tokens: array[int], namespace: str | None, failed: Collection[Worker] = ()
+    ) -> Worker:
+        """The worker for a new stream that begins with `tokens`, none of the `failed` if there is
+        another. Raises WorkerUnavailable."""
         self.check_ready()
-        candidates = self.ready("unified", "prefill")
+        candidates = self.ready("unified", "prefill", besides=failed)
         blocks = prefix_blocks(pack_tokens(tokens), namespace)
         views = [_view(w, w.load.shared_tokens(blocks)) for w in candidates]
         turn = self._turn("prefill")
         choice = choose_prefill(self._config.placement, views, len(tokens), turn)
         return self._placed(candidates, choice.name, "prefill", choice.reason)
 
-    async def place_decode(self, need: int) -> Worker:
-        """The worker that is to decode `need` tokens of KV, waited for if none is ready now.
+    async def place_decode(self, need: int, failed: Collection[Worker] = ()) -> Worker:
+        """The worker that is to decode `need` tokens of KV, waited for if none is ready now; none
+        of the `failed` if there is another.
 
         Raises WorkerUnavailable.
         """
-        candidates = await self._some_ready("decode")
+        candidates = await self._some_ready("decode", besides=failed)
         views = [_view(w, 0) for w in candidates]
         choice = choose_decode(self._config.placement, views, need, self._turn("decode"))
         return self._placed(candidates, choice.name, "decode", choice.reason)
 
-    async def place_request(self) -> tuple[Worker, Worker | None]:
+    async def place_request(self, failed: Collection[Worker]) -> tuple[Worker, Worker | None]:
         """For an ordinary call: who answers it, and who computes its prompt if that is another
-        worker. Raises WorkerUnavailable."""
-        holder = self.place_stream(array("i"), None)
+        worker; none of the `failed` if there are others. Raises WorkerUnavailable."""
+        holder = self.place_stream(array("i"), None, failed)
         if holder.role == "unified":
             return holder, None
-        return await self.place_decode(1), holder
+        return await self.place_decode(1, failed), holder
 
-    async def place_replay(self, stream_id: str, epoch: int) -> Worker:
-        """The worker to which a stream moves, waited for if none is ready now.
+    async def place_replay(self, stream_id: str, epoch: int, failed: Collection[Worker]) -> Worker:
+        """The worker to which a stream moves, waited for if none is ready now; none of the
+        `failed` if there is another.
 
         All routers that see the same workers choose the same one (rendezvous hashing), so two of
         them that replay a stream at the same time do not make two streams of it. Raises
         WorkerUnavailable.
         """
-        candidates = await self._some_ready("unified", "prefill")
+        candidates = await self._some_ready("unified", "prefill", besides=failed)
 
         def score(worker: Worker) -> bytes:
             return hashlib.blake2b(f"{stream_id} {epoch} {worker.url}".encode()).digest()
 
         return self._placed(candidates, max(candidates, key=score).url, "prefill", "replay")
 
-    async def _some_ready(self, *roles: Role) -> list[Worker]:
+    async def _some_ready(self, *roles: Role, besides: Collection[Worker]) -> list[Worker]:
         deadline = asyncio.get_running_loop().time() + self._config.worker_wait_s
-        while not (found := self.ready(*roles)):
+        while not (found := self.ready(*roles, besides=besides)):
             if asyncio.get_running_loop().time() > deadline:
                 reasons = self._reasons() or f"there is no {' or '.join(roles)} worker"
                 raise WorkerUnavailable(reasons, retry_after=1)

@@ -89,7 +89,8 @@ async def describe(http: httpx.AsyncClient, url: str) -> Description:
 def lost(url: str, error: httpx.TransportError) -> WorkerUnavailable:
     """The error for a connection that failed."""
     return WorkerUnavailable(
-        f"the connection to the worker at {url} failed ({type(error).__name__}: {error})"
+        f"the connection to the worker at {url} failed ({type(error).__name__}: {error})",
+        retry_after=1,
     )
 
 

@@ -17,8 +17,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from router.cluster import Cluster
+from router.logs import log_context
 from router.moves import Moves
-from router.streams import Streams
+from router.streams import Stream, Streams
 from router.worker import Worker
 from sglang_stream.errors import StreamError
 
@@ -54,14 +55,18 @@ class Draining:
         """Returns when the worker was removed, or was taken back."""
         while worker.draining and self._cluster.workers.get(worker.url) is worker:
             for stream in self._streams.held_by(worker):
-                try:
-                    await self._moves.away(stream)
-                except StreamError as e:
-                    logger.warning("stream %s stays at %s: %s", stream.id, worker.url, e.message)
+                with log_context(stream_id=stream.id):
+                    await self._move(stream, worker)
             if not worker.ready or self._is_empty(worker):
                 await self._cluster.remove(worker)
                 return
             await asyncio.sleep(_LOOK_S)
+
+    async def _move(self, stream: Stream, worker: Worker) -> None:
+        try:
+            await self._moves.away(stream)
+        except StreamError as e:
+            logger.warning("stream %s stays at %s: %s", stream.id, worker.url, e.message)
 
     def _is_empty(self, worker: Worker) -> bool:
         held = (s for s in self._streams.held_by(worker) if s.state == "open")

@@ -14,8 +14,6 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
-
 from router.events import WorkerEvent
 from router.increments import Increments, Piece
 from sglang_stream.errors import EngineFailure, StreamError, WorkerUnavailable
@@ -129,11 +127,10 @@ class Generation:
 
     async def _run(self, events: AsyncIterator[WorkerEvent]) -> None:
         try:
-            with anyio.fail_after(self._timeout_s):
-                await self._read(events)
+            await asyncio.wait_for(self._read(events), self._timeout_s)
             if self.outcome is None:
                 raise EngineFailure("the worker ended the answer without a reason")
-        except TimeoutError:
+        except asyncio.TimeoutError:
             self.error = WorkerUnavailable(
                 f"the answer took longer than --request-timeout-secs ({self._timeout_s:g} s)"
             )

@@ -37,13 +37,14 @@ async def generate_apart(
     request: dict[str, Any],
     prompt: array[int],
     owner: bytes,
+    failed: set[Worker],
     in_background: Callable[[Coroutine[Any, Any, None]], None],
 ) -> AsyncIterator[WorkerEvent]:
     """The events of the decode leg. Raises the error of whichever leg fails first.
 
     `request`: the call that seals the stream `stream_id` of `owner` at `prefill`; `prompt`: all of
-    its ids, the same that the seal makes there. `in_background` runs what must not hold up the
-    caller.
+    its ids, the same that the seal makes there. A worker whose leg fails joins `failed`.
+    `in_background` runs what must not hold up the caller.
     """
     tokens = pack_tokens(prompt)
     leg = Open(_leg(stream_id), "append", tokens, _LEG_IDLE_S, time.time_ns(), owner)
@@ -56,10 +57,10 @@ async def generate_apart(
     params = dict(request["sampling_params"])
     params["custom_params"] = SealCall(leg.stream_id, epoch=leg.epoch).to_custom_params()
     decode_call = {**request, "rid": secrets.token_hex(16), "sampling_params": params, **bootstrap}
-    prefilling = asyncio.create_task(_drain(prefill.generate({**request, **bootstrap})))
+    prefilling = asyncio.create_task(_drain(prefill.generate({**request, **bootstrap}, failed)))
     done = False
     try:
-        async with aclosing(decode.generate(decode_call)) as events:  # type: ignore[type-var]
+        async with aclosing(decode.generate(decode_call, failed)) as events:  # type: ignore[type-var]
             yield await _first(events, prefilling)
             async for event in events:
                 yield event

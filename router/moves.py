@@ -4,6 +4,7 @@
     not known here: ask the worker in its id, then all --> a copy, served from here on
     its worker lost: ask all others for a later epoch ---> another router has moved it
                      none has it: open it anew, epoch + 1, and send all chunks again
+    its generation failed: the same, on another worker than those that failed
 
 The worker is the authority; two routers that move the same stream at once choose the same worker
 and epoch, where the second finds what the first has sent.
@@ -15,10 +16,13 @@ import asyncio
 import logging
 from array import array
 from collections import deque
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any
 
 from router.auth import Caller
 from router.cluster import Cluster
 from router.identity import StreamIds, worker_tag
+from router.logs import log_context
 from router.metrics import RouterMetrics
 from router.streams import Stream, Streams, created_s, unknown
 from router.worker import Worker
@@ -50,15 +54,21 @@ _REMEMBERED = 4096  # copies left behind; what is forgotten of them expires wher
 
 
 class Moves:
-    """Finds and moves the streams of one router."""
+    """Finds and moves the streams of one router. `in_background` runs what nobody waits for."""
 
     def __init__(
-        self, cluster: Cluster, streams: Streams, ids: StreamIds, metrics: RouterMetrics
+        self,
+        cluster: Cluster,
+        streams: Streams,
+        ids: StreamIds,
+        metrics: RouterMetrics,
+        in_background: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         self._cluster = cluster
         self._streams = streams
         self._ids = ids
         self._metrics = metrics
+        self._in_background = in_background
         self._left: deque[tuple[str, Abort]] = deque(maxlen=_REMEMBERED)
 
     async def find(self, stream_id: str, caller: Caller) -> Stream:
@@ -130,20 +140,25 @@ class Moves:
                 await self.refresh(stream)
                 return
 
-    async def again(self, stream: Stream) -> Worker:
+    async def again(self, stream: Stream, failed: Collection[Worker] = ()) -> None:
         """Opens a stream anew whose generation failed before its first token, with all chunks.
 
-        Its own worker is taken if it is still there, since its KV may be. Raises as `ensure`.
+        Its own worker is taken if it is still there, since its KV may be, but none of the `failed`
+        if there is another. Raises as `ensure`.
         """
         async with stream.moving:
-            return await self._replay(stream, "generation_failed")
+            worker, epoch = stream.worker, stream.epoch
+            await self._replay(stream, "generation_failed", failed)
+            self._let_go(stream, worker, epoch)
 
-    async def reopen(self, stream: Stream, tokens: array[int]) -> Worker:
-        """Opens a sealed stream anew with `tokens` as its whole prompt. Raises WorkerUnavailable,
-        and what a worker answers."""
+    async def reopen(self, stream: Stream, tokens: array[int], failed: Collection[Worker]) -> None:
+        """Opens a sealed stream anew with `tokens` as its whole prompt, on a worker as `again`.
+        Raises WorkerUnavailable, and what a worker answers."""
         async with stream.moving:
+            worker, epoch = stream.worker, stream.epoch
             self._metrics.replays.labels("continued").inc()
-            return await self._open_elsewhere(stream, "append", tokens)
+            await self._open_elsewhere(stream, "append", tokens, failed)
+            self._let_go(stream, worker, epoch)
 
     async def away(self, stream: Stream) -> None:
         """Moves an open stream off a worker that is draining, if there is another one, and makes
@@ -199,12 +214,14 @@ class Moves:
         left, self._left = self._left, deque(maxlen=_REMEMBERED)
         self._left.extend((url, abort) for url, abort in left if url != worker.url)
         for abort in [abort for url, abort in left if url == worker.url]:
-            try:
-                await worker.ask(abort)
-            except StreamError as e:
-                logger.debug("stream %s on %s: %s", abort.stream_id, worker.url, e.message)
+            await _drop_copy(worker, abort)
 
-    async def _replay(self, stream: Stream, reason: str) -> Worker:
+    def _let_go(self, stream: Stream, worker: Worker | None, epoch: int) -> None:
+        """Makes `worker`, which held the stream in `epoch`, drop it if it has moved elsewhere."""
+        if worker is not None and worker is not stream.worker:
+            self._in_background(_drop_copy(worker, Abort(stream.id, epoch, stream.owner)))
+
+    async def _replay(self, stream: Stream, reason: str, failed: Collection[Worker] = ()) -> Worker:
         if stream.context() is None and stream.worker is not None:
             fetch = Fetch(stream.id, since=stream.known_seq, owner=stream.owner)
             stream.take_copy(await stream.worker.fetch(fetch), stream.worker)
@@ -212,7 +229,8 @@ class Moves:
             raise unknown(stream.id)
         self._metrics.replays.labels(reason).inc()
         for attempt in range(_TRIES):
-            worker = await self._open_elsewhere(stream, stream.mode, stream.opening.tokens)
+            tokens = stream.opening.tokens
+            worker = await self._open_elsewhere(stream, stream.mode, tokens, failed)
             try:
                 await self._send_chunks(stream, worker)
             except (WorkerUnavailable, StreamMoved):
@@ -224,14 +242,17 @@ class Moves:
             return worker
         raise AssertionError("the last try returns or raises")
 
-    async def _open_elsewhere(self, stream: Stream, mode: str, tokens: array[int]) -> Worker:
-        """Opens the stream with the next epoch: where it was if that is possible."""
+    async def _open_elsewhere(
+        self, stream: Stream, mode: str, tokens: array[int], failed: Collection[Worker]
+    ) -> Worker:
+        """Opens the stream with the next epoch: where it was if that is possible. A worker that
+        does not take it is passed by as the `failed` are: if there is another one."""
         for attempt in range(_TRIES):
             epoch = stream.epoch + 1
             stay = stream.worker
-            if stay is not None and not (stay.usable and self._cluster.keeps(stay)):
+            if stay is not None and not (stay.usable and self._cluster.keeps(stay, failed)):
                 stay = None
-            worker = stay or await self._cluster.place_replay(stream.id, epoch)
+            worker = stay or await self._cluster.place_replay(stream.id, epoch, failed)
             stream.epoch = epoch
             event = Open(
                 stream.id,
@@ -245,11 +266,13 @@ class Moves:
             )
             try:
                 await worker.ask(event)
-            except (WorkerUnavailable, LimitReached, StreamMoved, SequenceConflict):
+            except (WorkerUnavailable, LimitReached, StreamMoved, SequenceConflict) as e:
                 # A conflict: another router has opened it there otherwise, in the same epoch.
                 stream.worker = None
                 if attempt == _TRIES - 1:
                     raise
+                if isinstance(e, WorkerUnavailable | LimitReached):
+                    failed = {*failed, worker}
                 continue
             stream.worker = worker
             logger.info("stream %s goes on at %s (epoch %d)", stream.id, worker.url, stream.epoch)
@@ -293,6 +316,14 @@ class Moves:
             if found:
                 return max(found, key=lambda f: (f[0].epoch, f[0].status.seq))
         return None
+
+
+async def _drop_copy(worker: Worker, abort: Abort) -> None:
+    with log_context(stream_id=abort.stream_id):
+        try:
+            await worker.ask(abort)
+        except StreamError as e:  # what is missed expires
+            logger.debug("stream %s on %s: %s", abort.stream_id, worker.url, e.message)
 
 
 async def _copy(worker: Worker, fetch: Fetch) -> Copy | None:

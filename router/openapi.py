@@ -76,7 +76,13 @@ CALLS: Mapping[tuple[str, str], Call] = {
         (400, 404, 413, 422, 429, 503),
         OpenBody,
     ),
-    ("GET", "/v1/streams"): Call("The caller's open streams.", {JSON: ref("StreamList")}),
+    ("GET", "/v1/streams"): Call(
+        "The caller's open streams.",
+        {JSON: ref("StreamList")},
+        text="Those that this router knows: it has opened them, or has served a call of theirs. "
+        "Behind a load balancer each router lists a part, and one stream may be listed by several. "
+        "GET /v1/streams/{stream_id} finds a stream through every router.",
+    ),
     ("GET", "/v1/streams/{stream_id}"): Call(
         "A stream's state and usage.", {JSON: ref("Stream")}, refusals=(404, 503)
     ),

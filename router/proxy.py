@@ -1,35 +1,44 @@
-"""Ordinary OpenAI calls, passed to the worker and back as they are, but for the shape of errors."""
+"""Ordinary OpenAI calls, passed to the worker and back as they are, but for the shape of errors.
+
+attempt --first byte of the body--> the client gets it as it comes --ends--> done
+   | worker lost, or a failure of its      `-- fails: an error event, or a broken connection
+   `-- another attempt, on a worker that has not failed if there is one
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
 import httpx
 import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from router.backoff import RetryBudget, RetryPolicy
+from router.description import lost
 from router.errors_http import error_response
+from router.events import http_error
 from router.legs import ROOMS
+from router.sse import sse_event
 from router.worker import Worker
 from sglang_stream.errors import (
     BodyTooLarge,
+    EngineFailure,
     Malformed,
     ModelNotFound,
     StreamError,
     WorkerUnavailable,
-    from_fields,
 )
+
+logger = logging.getLogger(__name__)
 
 # Of one connection only (RFC 9110, 7.6.1), or written anew by the client or the server here.
 _NOT_PASSED = frozenset(
@@ -48,16 +57,15 @@ _NOT_PASSED = frozenset(
 )
 
 
+_Take = Callable[[httpx.Response], Awaitable[None]]
+
+
 @dataclass(frozen=True)
 class Route:
     """Where an ordinary call goes. `worker` answers it; `prefill` computes its prompt first."""
 
     worker: Worker
     prefill: Worker | None = None
-
-    @property
-    def workers(self) -> list[Worker]:
-        return [self.worker] if self.prefill is None else [self.worker, self.prefill]
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -78,10 +86,11 @@ async def read_body(request: Request, limit: int) -> bytes:
 class ForwardedAnswer(Response):
     """The worker's answer to `request`, whose body was read already.
 
-    `place` says where the call goes, and again where it goes instead when that worker cannot be
-    reached, as often as `retries` and `budget` allow; it takes at most `timeout_s` until the answer
-    begins. The answer is passed on piece by piece. On workers apart the prefill worker gets the
-    same call; its failure ends the answer that is waited for. `namespace`: see `messages.Open`.
+    `place` says where the call goes, and where it goes instead when workers have failed, as often
+    as `retries` and `budget` allow; `alone` whether there is one worker only, which is not asked
+    again when it has failed. The answer is passed on piece by piece, and takes at most `timeout_s`.
+    On workers apart the prefill worker gets the same call; its failure ends the answer that is
+    waited for. `namespace`: see `messages.Open`.
     """
 
     def __init__(
@@ -90,7 +99,8 @@ class ForwardedAnswer(Response):
         request: Request,
         body: bytes,
         *,
-        place: Callable[[], Awaitable[Route]],
+        place: Callable[[set[Worker]], Awaitable[Route]],
+        alone: Callable[[], bool],
         namespace: str | None,
         retries: RetryPolicy,
         budget: RetryBudget,
@@ -101,95 +111,142 @@ class ForwardedAnswer(Response):
         self._request = request
         self._body = body
         self._place = place
+        self._alone = alone
         self._namespace = namespace
         self._retries = retries
         self._budget = budget
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        passing = _Passing(send)
         try:
-            async with self._answer() as answer:
-                await _pass_on(answer, send)
+            await self._in_time(passing)
         except StreamError as e:
-            await error_response(e)(scope, receive, send)
+            if passing.begun:
+                logger.warning("%s broke off: %s", self._request.url.path, e.message)
+                await passing.break_off(e)
+            else:
+                await error_response(e)(scope, receive, send)
 
-    @asynccontextmanager
-    async def _answer(self) -> AsyncIterator[httpx.Response]:
-        """The beginning of an answer, from the first worker that gives one."""
+    async def _in_time(self, passing: _Passing) -> None:
+        try:
+            await asyncio.wait_for(self._answer(passing), self._timeout_s)
+        except asyncio.TimeoutError:
+            raise WorkerUnavailable(
+                f"the answer took longer than --request-timeout-secs ({self._timeout_s:g} s)"
+            ) from None
+
+    async def _answer(self, passing: _Passing) -> None:
+        """The answer of the first worker that begins one."""
         self._budget.request(time.monotonic())
-        prefilling: asyncio.Task[None] | None = None
-        answer: httpx.Response | None = None
-        try:
-            with _at_most(self._timeout_s):
-                for attempt in itertools.count(1):
-                    route = await self._place()
-                    body = addressed(self._body, route, self._namespace)
-                    prefilling = asyncio.create_task(self._prefill(route, body))
-                    try:
-                        answer = await self._begin(route, body, prefilling)
-                        break
-                    except WorkerUnavailable:
-                        await _ended(prefilling)
-                        if attempt > self._retries.max_retries:
-                            raise
-                        if not self._budget.may_retry(time.monotonic()):
-                            raise
-                    await asyncio.sleep(self._retries.delay_s(attempt, random.random))
-            assert answer is not None
-            yield answer
-        finally:
-            if prefilling is not None:
-                await _ended(prefilling)
-            if answer is not None:
-                await answer.aclose()
-
-    async def _begin(
-        self, route: Route, body: bytes, prefilling: asyncio.Task[None]
-    ) -> httpx.Response:
-        """The beginning of the answer. Raises the error of whichever call fails first."""
-        calling = asyncio.create_task(self._send(route.worker, body, stream=True))
-        watching = [asyncio.create_task(w.wait_gone()) for w in route.workers]
-        waiting = {calling, prefilling, *watching}
-        try:
-            while not calling.done():
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done - {calling}:
-                    task.result()
-            return calling.result()
-        except BaseException:
-            await _ended(calling)
-            if not calling.cancelled() and calling.exception() is None:
-                await calling.result().aclose()  # it came just when the client left
-            raise
-        finally:
-            for task in watching:
-                await _ended(task)
-
-    async def _prefill(self, route: Route, body: bytes) -> None:
-        """The same call on the prefill worker, which answers when the KV has gone."""
-        if route.prefill is None:
-            return
-        answer = await self._send(route.prefill, body, stream=False)
-        if answer.is_error:
-            raise from_fields(_error_fields(answer.content), status=answer.status_code)
-
-    async def _send(self, worker: Worker, body: bytes, *, stream: bool) -> httpx.Response:
-        request = self._request
-        call = self._http.build_request(
-            request.method,
-            forwarded_url(worker.url, request),
-            headers=[(k, v) for k, v in request.headers.items() if _passed(k)],
-            content=body,
-        )
-        with worker.counted():
+        failed: set[Worker] = set()
+        for attempt in itertools.count(1):
+            route = await self._place(failed)
             try:
-                return await self._http.send(call, stream=stream)
-            except httpx.TransportError as e:
-                raise WorkerUnavailable(
-                    f"the worker at {worker.url} cannot be reached "
-                    f"({type(e).__name__}: {e}): try again",
-                    retry_after=1,
-                ) from e
+                await self._attempt(route, passing, failed)
+                return
+            except (WorkerUnavailable, EngineFailure) as e:
+                if passing.begun or attempt > self._retries.max_retries:
+                    raise
+                if isinstance(e, EngineFailure) and self._alone():
+                    raise
+                if not self._budget.may_retry(time.monotonic()):
+                    raise
+                logger.warning("%s: %s; trying again", self._request.url.path, e.message)
+            await asyncio.sleep(self._retries.delay_s(attempt, random.random))
+
+    async def _attempt(self, route: Route, passing: _Passing, failed: set[Worker]) -> None:
+        """The answer of one worker. Raises the error of whichever call fails first, and after the
+        first byte that of the answer; who fails joins `failed`."""
+        body = addressed(self._body, route, self._namespace)
+        if route.prefill is None:
+            await self._call(route.worker, body, passing.take, failed)
+            return
+        answering = asyncio.create_task(self._call(route.worker, body, passing.take, failed))
+        prefilling = asyncio.create_task(self._call(route.prefill, body, _read, failed))
+        try:
+            await asyncio.wait({answering, prefilling}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done() and not passing.begun:
+                prefilling.result()
+            await answering
+        finally:
+            await _ended(answering, prefilling)
+
+    async def _call(self, worker: Worker, body: bytes, take: _Take, failed: set[Worker]) -> None:
+        """One call to one worker, which ends when that is lost; `take` reads its answer."""
+        with worker.counted(failed):
+            calling = asyncio.create_task(self._send(worker, body, take))
+            watching = asyncio.create_task(worker.wait_gone())
+            try:
+                await asyncio.wait({calling, watching}, return_when=asyncio.FIRST_COMPLETED)
+                await (calling if calling.done() else watching)
+            finally:
+                await _ended(calling, watching)
+
+    async def _send(self, worker: Worker, body: bytes, take: _Take) -> None:
+        request = self._request
+        url = forwarded_url(worker.url, request)
+        headers = [(k, v) for k, v in request.headers.items() if _passed(k)]
+        try:
+            async with self._http.stream(
+                request.method, url, headers=headers, content=body
+            ) as answer:
+                if answer.is_server_error:
+                    raise http_error(answer.status_code, await answer.aread())
+                await take(answer)
+        except httpx.TransportError as e:
+            raise lost(worker.url, e) from e
+
+
+class _Passing:
+    """The way of an answer to the client, which begins with the first byte of its body."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._are_events = False
+        self._between_events = True
+        self.begun = False
+
+    async def take(self, answer: httpx.Response) -> None:
+        """Passes an answer on as it comes; that of an error in OpenAI's shape."""
+        if answer.is_error:
+            body = b"".join([part async for part in answer.aiter_raw()])
+            await self._pass_on(answer, _in_openai_shape(body))
+        else:
+            async for part in answer.aiter_raw():
+                await self._pass_on(answer, part)
+        await self._pass_on(answer, b"", last=True)
+
+    async def break_off(self, error: StreamError) -> None:
+        """Ends server-sent events with one of the error. Any other body stays without its end,
+        for which the server closes the connection."""
+        if self._are_events:
+            event = sse_event({"error": error.to_fields()})
+            await self._send_body(event if self._between_events else b"\n\n" + event, last=True)
+
+    async def _pass_on(self, answer: httpx.Response, part: bytes, *, last: bool = False) -> None:
+        if not self.begun:
+            self._are_events = answer.headers.get("content-type", "").startswith(
+                "text/event-stream"
+            )
+            headers = [
+                (k.lower(), v) for k, v in answer.headers.raw if _passed(k.decode("latin-1"))
+            ]
+            start = {"type": "http.response.start", "status": answer.status_code}
+            await self._send(start | {"headers": headers})
+            self.begun = True
+        await self._send_body(part, last=last)
+        self._between_events = part.endswith(b"\n\n")
+
+    async def _send_body(self, body: bytes, *, last: bool) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+
+
+async def _read(answer: httpx.Response) -> None:
+    """Reads the answer of a prefill worker, which ends when the KV has gone. Raises its error."""
+    content = await answer.aread()
+    if answer.is_error:
+        raise http_error(answer.status_code, content)
 
 
 def check_object(body: bytes) -> None:
@@ -237,20 +294,10 @@ def _meeting(prompt: Any, prefill: Worker) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _at_most(timeout_s: float) -> Iterator[None]:
-    try:
-        with anyio.fail_after(timeout_s):
-            yield
-    except TimeoutError:
-        raise WorkerUnavailable(
-            f"no answer began within --request-timeout-secs ({timeout_s:g} s)"
-        ) from None
-
-
-async def _ended(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+async def _ended(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def forwarded_url(worker_url: str, request: Request) -> httpx.URL:
@@ -269,28 +316,6 @@ def forwarded_url(worker_url: str, request: Request) -> httpx.URL:
     if url is None or url.raw_path != target:
         raise ModelNotFound("no model has this name: GET /v1/models lists those there are")
     return url
-
-
-async def _pass_on(answer: httpx.Response, send: Send) -> None:
-    headers = [(k.lower(), v) for k, v in answer.headers.raw if _passed(k.decode("latin-1"))]
-    await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
-    if answer.is_error:
-        body = b"".join([part async for part in answer.aiter_raw()])
-        await send({"type": "http.response.body", "body": _in_openai_shape(body)})
-        return
-    async for part in answer.aiter_raw():
-        await send({"type": "http.response.body", "body": part, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _error_fields(body: bytes) -> dict[str, Any]:
-    """What stands under "error" in an answer of a worker's."""
-    try:
-        fields = msgspec.json.decode(_in_openai_shape(body), type=dict[str, Any])
-    except msgspec.DecodeError:
-        fields = {}
-    error = fields.get("error")
-    return error if isinstance(error, dict) else {"message": body[:500].decode(errors="replace")}
 
 
 def _in_openai_shape(body: bytes) -> bytes:

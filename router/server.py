@@ -37,6 +37,7 @@ from router.schemas import (
 )
 from router.service import StreamService
 from router.streams import Stream
+from router.worker import Worker
 from sglang_stream.config import RouterConfig, WorkerAddress
 from sglang_stream.errors import InvalidRequest, WorkerUnavailable
 
@@ -100,11 +101,14 @@ class RouterHandlers:
 
     async def look(self, stream_id: str, request: Request) -> Response:
         caller = self._caller(request)
-        stream = await self._service.refresh(stream_id, caller)
+        with log_context(stream_id=stream_id):
+            stream = await self._service.refresh(stream_id, caller)
         return json_response(stream.described(with_worker=caller.admin))
 
     async def delete(self, stream_id: str, request: Request) -> Response:
-        await self._service.delete(stream_id, self._caller(request))
+        caller = self._caller(request)
+        with log_context(stream_id=stream_id):
+            await self._service.delete(stream_id, caller)
         return json_response({"id": stream_id, "object": "stream", "deleted": True})
 
     async def append(self, stream_id: str, request: Request) -> Response:
@@ -143,8 +147,8 @@ class RouterHandlers:
             check_object(body)
         service = self._service
 
-        async def place() -> Route:
-            worker, prefill = await service.cluster.place_request()
+        async def place(failed: set[Worker]) -> Route:
+            worker, prefill = await service.cluster.place_request(failed)
             return Route(worker, prefill if request.method == "POST" else None)
 
         answer = ForwardedAnswer(
@@ -152,6 +156,7 @@ class RouterHandlers:
             request,
             body,
             place=place,
+            alone=lambda: service.cluster.is_single,
             namespace=caller.namespace if request.method == "POST" else None,
             retries=service.retries,
             budget=service.budget,

@@ -27,6 +27,7 @@ from router.generation import Generation
 from router.identity import StreamIds
 from router.increments import Increments
 from router.legs import end_answer
+from router.logs import log_context
 from router.metrics import RouterMetrics
 from router.moves import Moves
 from router.sampling import sampling_params
@@ -77,7 +78,7 @@ class StreamService:
             config.retry_jitter_factor,
         )
         self.budget = RetryBudget()
-        self._moves = Moves(self.cluster, self.streams, self._ids, metrics)
+        self._moves = Moves(self.cluster, self.streams, self._ids, metrics, self._in_background)
         self._attempts = Attempts(
             self.cluster,
             self.streams,
@@ -135,7 +136,8 @@ class StreamService:
             self.streams.check_room()
             self.streams.add(stream)
             try:
-                return await self._open_at(worker, stream)
+                with log_context(stream_id=stream.id):
+                    return await self._open_at(worker, stream)
             except WorkerUnavailable:
                 self._drop(stream)  # the worker may have it although no answer came
                 if worker.ready or attempt == _TRIES - 1:
@@ -339,10 +341,11 @@ class StreamService:
             self._in_background(self._move(stream))
 
     async def _move(self, stream: Stream) -> None:
-        try:
-            await self._moves.ensure(stream)
-        except StreamError as e:
-            logger.warning("stream %s could not be moved yet: %s", stream.id, e.message)
+        with log_context(stream_id=stream.id):
+            try:
+                await self._moves.ensure(stream)
+            except StreamError as e:
+                logger.warning("stream %s could not be moved yet: %s", stream.id, e.message)
 
     def _worker_ready(self, worker: Worker) -> None:
         self._in_background(self._moves.clear_left(worker))

@@ -172,13 +172,15 @@ class Worker:
             raise EngineFailure(f"the worker answered with {type(answer).__name__}")
         return answer
 
-    async def generate(self, body: dict[str, Any]) -> AsyncIterator[WorkerEvent]:
+    async def generate(
+        self, body: dict[str, Any], failed: set[Worker] | None = None
+    ) -> AsyncIterator[WorkerEvent]:
         """The events of one `/generate` call. Closing the iterator aborts it in the worker.
 
         Raises the error that the worker reports, WorkerUnavailable if the connection fails or the
-        worker is lost.
+        worker is lost. `failed`: see `counted`.
         """
-        with self.counted():
+        with self.counted(failed):
             call = AnswerCall(self._read_events(body))
             self._calls.add(call)
             try:
@@ -189,9 +191,10 @@ class Worker:
                 await call.close()
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Tells the circuit breaker how a call to this worker ends; a client's mistake is no
-        failure. Raises WorkerUnavailable if the worker is not to be called now."""
+    def counted(self, failed: set[Worker] | None = None) -> Iterator[None]:
+        """Tells the circuit breaker how a call to this worker ends, which joins `failed` if it
+        fails; a client's mistake is no failure. Raises WorkerUnavailable if the worker is not to
+        be called now."""
         _ = self.info
         if not self.usable:
             raise WorkerUnavailable(
@@ -206,6 +209,8 @@ class Worker:
             tell = self.breaker.succeeded
         except (WorkerUnavailable, EngineFailure):
             tell = self.breaker.failed
+            if failed is not None:
+                failed.add(self)
             raise
         finally:
             self.calls -= 1

@@ -7,7 +7,7 @@
 
 By `sdk` a client makes one call after the other, each after the answer to the one before; steps
 that come meanwhile go into the next call (the newest list of an update stream). `direct` calls wait
-for nothing, and the last step is also the seal, as for a client inside the server's process.
+for nothing, as those of a client inside the server's process. The last call is also the seal.
 """
 
 from __future__ import annotations
@@ -172,24 +172,19 @@ class StreamingClient(Client):
 
     def _next(self) -> None:
         """The next call, if there is one to make."""
-        if self.seal_s is not None:
+        if not self._pending:
             return
+        steps, self._pending = self._pending, []
         is_last = not self._to_come
-        if self._pending:
-            steps, self._pending = self._pending, []
-            seals = is_last and not self._awaits_answers
-            if seals:
-                self.seal_s = self._clock.now
-
-            def send() -> None:
-                self._apply(steps)
-                if seals:
-                    self._seal()
-
-            self._call(send)
-        elif is_last:
+        if is_last:
             self.seal_s = self._clock.now
-            self._call(self._seal)
+
+        def send() -> None:
+            self._apply(steps)
+            if is_last:
+                self._seal()
+
+        self._call(send)
 
     def _call(self, action: Action) -> None:
         """A call to the stream's worker."""

@@ -103,7 +103,7 @@ class FakeWorker:
     `heard`: what came at the socket, answered or not.
     `finish`: the reason of the last event. `answers`: whether the socket answers at all.
     `spoken`: the length of an answer by `greedy` instead of the script; `breaks_after`: the event
-    after which its connection ends; `fails`: the error of every generation. `secret`: of its
+    after which its connection ends; `fails`: the error of every answer. `secret`: of its
     socket. `report`: what it says unasked, right after each snapshot.
     """
 
@@ -366,6 +366,9 @@ class FakeWorker:
         self.forwarded.append({"headers": dict(request.headers), "body": body})
         if "bad" in body:
             return Response(body["bad"], 400, {"X-Kept": "yes"}, "application/json")
+        if self.fails is not None:
+            fields = {"object": "error", "message": self.fails.message, "code": self.fails.status}
+            return Response(json.dumps(fields), self.fails.status, media_type="application/json")
         if not body.get("stream"):
             passing = asyncio.ensure_future(self._pass(0))
             while not passing.done():
@@ -380,12 +383,15 @@ class FakeWorker:
             try:
                 for i in range(3):
                     await self._pass(i)
+                    if i == self.breaks_after:
+                        yield b"data: "
+                        raise ConnectionResetError("as the test wants it")
                     yield b"data: %d\n\n" % i
             except asyncio.CancelledError:
                 self.cut.append("plain")
                 raise
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        return StreamingResponse(events(), media_type=body.get("as", "text/event-stream"))
 
     async def _pass(self, step: int) -> None:
         gate = self.gates.get(step)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
@@ -15,6 +17,8 @@ from router.generation import Generation
 from router.increments import Increments
 from sglang_stream.errors import EngineFailure, StreamError, StreamNotFound, WorkerUnavailable
 from sglang_stream.messages import Usage
+from tests.router.conftest import error_of, opened, until
+from tests.router.fake_worker import FakeWorker
 
 STOP = {"type": "stop"}
 
@@ -182,3 +186,13 @@ def test_stop_after_the_end() -> None:
             await read(generation)
 
     run(test)
+
+
+@pytest.mark.parametrize("settings", [{"request_timeout_secs": 0.5}])
+def test_one_that_takes_too_long_ends_in_the_worker(
+    client: httpx.Client, worker: FakeWorker
+) -> None:
+    worker.gates = {0: threading.Event()}
+    answer = client.post(f"/v1/streams/{opened(client)}/generate", json={"max_tokens": 3})
+    assert "--request-timeout-secs (0.5 s)" in error_of(answer, 503)["message"]
+    until(lambda: worker.cut == [worker.seals[0]["rid"]])

@@ -13,7 +13,12 @@ import httpx
 import pytest
 
 from sglang_stream import messages as m
-from sglang_stream.errors import ContextLengthExceeded, EngineFailure
+from sglang_stream.errors import (
+    ContextLengthExceeded,
+    EngineFailure,
+    StreamError,
+    WorkerUnavailable,
+)
 from tests.router.conftest import error_of, opened, until
 from tests.router.fake_worker import FakeWorker, greedy, text_of
 from tests.router.rig import Rig, append, rig, text_from
@@ -102,6 +107,50 @@ def test_a_decode_leg_that_fails_ends_the_prefill_leg(apart: Rig) -> None:
     assert "no room" in error_of(answer, 500)["message"]
     until(lambda: len(prefill.cut) == 2)
     until(lambda: is_let_go(decode, 2))
+
+
+@pytest.mark.parametrize("error", [EngineFailure("no forward"), WorkerUnavailable("queue full")])
+def test_a_prefill_worker_that_fails_is_not_asked_again_beside_another_one(
+    tokenizer_dir: Path, error: StreamError
+) -> None:
+    quick = {"retry_initial_backoff_ms": 1, "cb_failure_threshold": 100}
+    roles: tuple[m.Role, ...] = ("prefill", "prefill", "decode")
+    with rig(tokenizer_dir, *roles, routers=1, **quick) as made, ThreadPoolExecutor() as pool:
+        (router,) = made.routers
+        alone, stream = sealable(made), sealable(made)  # on one each
+        first, second = made.holder(router, stream), made.holder(router, alone)
+        failing, healthy = made.workers[first], made.workers[second]
+        *_, decode = made.workers.values()
+        failing.fails = error
+        decode.gates = {0: threading.Event()}  # it has no KV yet
+        answer = pool.submit(router.post, f"/v1/streams/{stream}/generate", json=ASK)
+        until(lambda: healthy.seals or answer.done())
+        decode.gates[0].set()
+        assert text_from(answer.result()) == text_of(greedy(PROMPT, 8))
+        assert len(failing.seals) == 1
+        assert healthy.streams[stream].opened.epoch == 1
+        until(lambda: stream not in failing.streams)
+
+        # It is better than none.
+        made.lose(second)
+        decode.gates = {0: threading.Event()}
+        error_of(router.post(f"/v1/streams/{alone}/generate", json=ASK), error.status)
+        assert len(failing.seals) == 1 + 4
+
+
+def test_a_decode_worker_that_fails_is_not_asked_again_beside_another_one(
+    tokenizer_dir: Path,
+) -> None:
+    quick = {"retry_initial_backoff_ms": 1, "cb_failure_threshold": 100}
+    with rig(tokenizer_dir, "prefill", "decode", "decode", routers=0) as made:
+        prefill, idle, busy = made.workers.values()
+        idle.fails = EngineFailure("no room")
+        busy.report = m.Report(1, 0.0, 0, 0, 0, 9, 9, 0, 0.0)
+        router = made.add_router(**quick)
+        stream = sealable(made)
+        answer = router.post(f"/v1/streams/{stream}/generate", json=ASK)
+        assert text_from(answer) == text_of(greedy(PROMPT, 8))
+        assert (len(prefill.seals), len(idle.seals), len(busy.seals)) == (2, 1, 1)
 
 
 def test_a_seal_that_the_prefill_worker_refuses_leaves_the_stream_open(apart: Rig) -> None:

@@ -8,11 +8,17 @@ import logging
 import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from router.logs import TextFormatter, configure, log_context
+from router.identity import worker_tag
+from router.logs import JsonFormatter, TextFormatter, configure, log_context
+from router.moves import Moves
+from router.worker import Worker
+from tests.router.conftest import opened, until
+from tests.router.rig import rig
 
 logger = logging.getLogger("router.some")
 
@@ -147,3 +153,64 @@ def test_configure_replaces_and_quietens(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="LOUD"):
         configure("loud", json=True)
+
+
+class Kept(logging.Handler):
+    """Keeps what is logged, as it would be written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(JsonFormatter())
+        self.lines: list[dict[str, Any]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(json.loads(self.format(record)))
+
+    def named(self, text: str) -> list[Any]:
+        """The streams of the lines that begin with `text`."""
+        return [line.get("stream_id") for line in self.lines if line["message"].startswith(text)]
+
+
+@pytest.fixture
+def kept() -> Iterator[Kept]:
+    handler = Kept()
+    root = logging.getLogger("router")
+    root.addHandler(handler)
+    root.setLevel("INFO")
+    yield handler
+    root.removeHandler(handler)
+    root.setLevel(logging.NOTSET)
+
+
+def test_lines_name_the_stream_that_they_are_about(
+    tokenizer_dir: Path, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find, ask = Moves.find, Worker.ask
+
+    async def logged_find(*args: Any) -> Any:
+        logger.info("finding")
+        return await find(*args)
+
+    async def logged_ask(*args: Any) -> Any:
+        logger.info("asking")
+        return await ask(*args)
+
+    monkeypatch.setattr(Moves, "find", logged_find)
+    monkeypatch.setattr(Worker, "ask", logged_ask)
+    with rig(tokenizer_dir, "unified", "unified", routers=1) as made:
+        (router,) = made.routers
+        stream = opened(router)
+        assert kept.named("asking") == [stream], "of its opening"
+        first = made.holder(router, stream)
+        second = made.other(first)
+        assert kept.named("finding") == [stream], "of a look at it"
+        made.lose(first)
+        moved = f"stream {stream} goes on"
+        until(lambda: kept.named(moved) == [stream])
+        made.reset()
+        until(lambda: stream not in made.workers[first].streams)
+        router.delete(f"/workers/{worker_tag(second)}")
+        until(lambda: kept.named(moved) == [stream, stream])
+        until(lambda: stream not in made.workers[second].streams)
+        router.delete(f"/v1/streams/{stream}")
+        assert set(kept.named("finding")) == set(kept.named("asking")) == {stream}

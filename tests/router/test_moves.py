@@ -263,7 +263,7 @@ def test_what_was_left_on_workers_that_never_return_does_not_pile_up(
         async def ask(self, event: m.Abort) -> None:
             told.append(event)
 
-    moves: Any = Moves(*[cast(Any, None)] * 4)
+    moves: Any = Moves(*[cast(Any, None)] * 5)
     gone, back = Returned("http://gone"), Returned("http://back")
     for i, worker in enumerate((back, back, gone, back, gone)):
         moves.left(SimpleNamespace(id=f"st-{i}", epoch=i, owner=b""), worker)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from router.identity import worker_tag
+from sglang_stream.errors import EngineFailure, WorkerUnavailable
 from tests.router.conftest import call_and_leave, error_of, until
 from tests.router.fake_worker import FakeWorker
+from tests.router.rig import Rig, health, rig
 
 
 def test_an_answer_comes_back_as_it_is(client: httpx.Client, worker: FakeWorker) -> None:
@@ -87,3 +93,134 @@ def test_a_body_over_the_limit(client: httpx.Client, worker: FakeWorker) -> None
     answer = client.post("/v1/completions", content=b"a" * 300_000)
     assert error_of(answer, 413)["code"] == "body_too_large"
     assert worker.forwarded == []
+
+
+# --- workers that fail ------------------------------------------------------------------------
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def made(tokenizer_dir: Path) -> Iterator[Rig]:
+    quick = {"retry_initial_backoff_ms": 1, "cb_failure_threshold": 100}
+    with rig(tokenizer_dir, "unified", "unified", routers=1, **quick) as found:
+        yield found
+
+
+@pytest.fixture
+def pair(made: Rig) -> Iterator[Rig]:
+    """A router in front of two workers."""
+    made.reset()
+    for worker in made.workers.values():
+        worker.forwarded = []
+    yield made
+    made.reset()
+
+
+def asked(pair: Rig) -> str:
+    """The URL of the worker that has got the call."""
+    return next(url for url, worker in pair.workers.items() if worker.forwarded)
+
+
+def events_of(received: Iterator[str]) -> list[str]:
+    return "".join(received).removesuffix("\n\n").split("\n\n")
+
+
+def error_in(event: str) -> dict[str, Any]:
+    return dict(json.loads(event.removeprefix("data: "))["error"])
+
+
+def test_an_answer_ends_when_its_worker_hangs(pair: Rig) -> None:
+    for worker in pair.workers.values():
+        worker.gates = {1: threading.Event()}
+    with pair.routers[0].stream("POST", CHAT, json={"stream": True}) as answer:
+        received = answer.iter_text()
+        assert next(received) == "data: 0\n\n"
+        pair.lose(asked(pair))
+        (last,) = events_of(received)
+    assert "silent" in error_in(last)["message"]
+
+
+@pytest.mark.parametrize("settings", [{"request_timeout_secs": 0.5}])
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_answer_that_takes_too_long(
+    client: httpx.Client, worker: FakeWorker, begun: bool
+) -> None:
+    worker.gates = {int(begun): threading.Event()}
+    with client.stream("POST", CHAT, json={"stream": True}) as answer:
+        received = answer.iter_text()
+        if begun:
+            assert next(received) == "data: 0\n\n"
+            error = error_in("".join(received))
+        else:
+            answer.read()
+            error = error_of(answer, 503)
+    assert "--request-timeout-secs (0.5 s)" in error["message"]
+    until(lambda: worker.cut == ["plain"])
+
+
+def test_an_answer_whose_connection_breaks(pair: Rig) -> None:
+    for worker in pair.workers.values():
+        worker.breaks_after = 1
+    with pair.routers[0].stream("POST", CHAT, json={"stream": True}) as answer:
+        first, cut, last = events_of(answer.iter_text())
+    assert (first, cut) == ("data: 0", "data: ")
+    assert error_in(last)["code"] == "worker_unavailable"
+
+    whole = {"stream": True, "as": "application/json"}
+    with (
+        pair.routers[0].stream("POST", CHAT, json=whole) as answer,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        answer.read()
+
+
+@pytest.mark.parametrize("error", [EngineFailure("no forward"), WorkerUnavailable("queue full")])
+def test_a_worker_that_fails_is_passed_by_and_then_left_alone(
+    tokenizer_dir: Path, error: EngineFailure | WorkerUnavailable
+) -> None:
+    quick = {"retry_initial_backoff_ms": 1, "cb_failure_threshold": 3}
+    with rig(tokenizer_dir, "unified", "unified", routers=1, **quick) as made:
+        failing, healthy = made.workers.values()
+        failing.fails = error
+        for _ in range(12):
+            assert made.routers[0].post(CHAT, json={}).json() == {"ok": True}
+        assert (len(failing.forwarded), len(healthy.forwarded)) == (3, 12)
+
+
+def test_the_only_worker_is_not_asked_again_for_what_it_failed(
+    client: httpx.Client, worker: FakeWorker
+) -> None:
+    worker.fails = EngineFailure("no forward")
+    assert error_of(client.post(CHAT, json={}), 500)["message"] == "no forward"
+    assert len(worker.forwarded) == 1
+
+
+def test_an_answer_outlives_the_prefill_worker(tokenizer_dir: Path) -> None:
+    with rig(tokenizer_dir, "prefill", "decode", routers=1) as made:
+        (url, prefill), (_, decode) = made.workers.items()
+        decode.gates = {1: threading.Event()}
+        prefill.gates = {2: threading.Event()}
+        with made.routers[0].stream("POST", CHAT, json={"stream": True}) as answer:
+            received = answer.iter_text()
+            assert next(received) == "data: 0\n\n"
+            made.lose(url)
+            decode.gates[1].set()
+            assert events_of(received) == ["data: 1", "data: 2"]
+
+
+def test_a_running_answer_ends_on_a_worker_that_is_draining(pair: Rig) -> None:
+    (router,) = pair.routers
+    for worker in pair.workers.values():
+        worker.gates = {1: threading.Event()}
+    with router.stream("POST", CHAT, json={"stream": True}) as answer:
+        received = answer.iter_text()
+        assert next(received) == "data: 0\n\n"
+        first = asked(pair)
+        assert router.delete(f"/workers/{worker_tag(first)}").json()["draining"]
+        threading.Event().wait(0.5)
+        assert first in health(router)
+        pair.workers[first].gates[1].set()
+        assert events_of(received) == ["data: 1", "data: 2"]
+    until(lambda: first not in health(router))
+    router.post("/workers", json={"url": first})

@@ -49,19 +49,21 @@ def test_a_waiting_request_alone_takes_its_iterations_and_two_ways() -> None:
     assert (row.last_chunk_s, row.cached_tokens, row.prompt_tokens) == (2.0, 0, 5015)
 
 
-def test_a_stream_alone_has_the_last_chunk_and_the_question_left() -> None:
+@pytest.mark.parametrize("engine", [SDK, DIRECT])
+def test_a_stream_alone_has_the_last_chunk_and_the_question_left(engine: EngineSpec) -> None:
     query = append_query("q", (0.5, 500), (2.0, 300))
-    row = one(query, streaming())
+    row = one(query, streaming(), engine)
     assert ttft(row) == pytest.approx(PREFILL.seconds(310, 505) + 2 * CALL_S)
     assert (row.computed_tokens, row.ready_tokens, row.cached_tokens) == (505, 505, 505)
 
 
-def test_a_client_that_awaits_answers_seals_after_the_pass_of_the_last_chunk() -> None:
-    """The chunk's call is there CALL_S after it came, the seal two ways later, into its pass."""
-    query = append_query("q", (0.5, 500), (2.0, 300))
+def test_a_client_that_awaits_answers_seals_after_the_pass_of_the_chunk_before() -> None:
+    """The first of two chunks is there CALL_S after it came, the last one two ways later, into its
+    pass."""
+    query = append_query("q", (0.5, 500), (2.0, 300), (2.001, 100))
     row = one(query, streaming(), SDK)
     passes = CALL_S + PREFILL.seconds(300, 505)
-    assert ttft(row) == pytest.approx(passes + PREFILL.seconds(10, 805) + CALL_S)
+    assert ttft(row) == pytest.approx(passes + PREFILL.seconds(110, 805) + CALL_S - 0.001)
     assert row.computed_tokens == 805
 
 
