@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,23 +50,14 @@ def load_rows(paths: Sequence[Path]) -> Rows:
 
 
 def _load(path: Path, rows: Rows) -> None:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as e:
-        raise InvalidRequest(f"{path}: {e.strerror}: `replay` and `simulate` write rows") from e
     own: list[LoadRow] = []
     published: PublishedName | None = None
-    for number, line in enumerate(lines, start=1):
-        try:
-            if b'"manifest"' in line[:100]:
-                rows.manifests.append(json.loads(line))
-                published = (rows.manifests[-1].get("spec") or {}).get("published")
-            else:
-                own.append(_decode(line))
-        except (ValueError, msgspec.MsgspecError) as e:
-            if number == len(lines) and number > 1 and not line.endswith(b"}"):
-                continue  # broken off within the row
-            raise InvalidRequest(f"{path}, line {number}: this is no row of a load: {e}") from e
+    for row in _read(path):
+        if isinstance(row, LoadRow):
+            own.append(row)
+        else:
+            rows.manifests.append(row)
+            published = (row.get("spec") or {}).get("published")
     ended = {_cell_of(row) for row in own if isinstance(row, CellRow)}
     for row in own:
         if row.source == "engine" and _cell_of(row) not in ended:
@@ -81,6 +72,22 @@ def _load(path: Path, rows: Rows) -> None:
                 rows.cells.append(row)
         if published is not None:
             rows.published[row.source, row.machine, row.workload] = published
+
+
+def _read(path: Path) -> Iterator[LoadRow | Row]:
+    """The rows of a file, one after the other; manifests as they are."""
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield json.loads(line) if b'"manifest"' in line[:100] else _decode(line)
+                except (ValueError, msgspec.MsgspecError) as e:
+                    if number > 1 and not line.endswith((b"}", b"\n")):
+                        return  # broken off within the row
+                    what = f"{path}, line {number}: this is no row of a load: {e}"
+                    raise InvalidRequest(what) from e
+    except OSError as e:
+        raise InvalidRequest(f"{path}: {e.strerror}: `replay` and `simulate` write rows") from e
 
 
 def _cell_of(row: LoadRow) -> tuple[str | None, ...]:

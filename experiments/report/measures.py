@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -62,9 +62,25 @@ class Measured:
     def failed(self) -> int:
         return len(self.rows) - len(self.answered)
 
+    @cached_property
+    def by_seed(self) -> dict[int, Measured]:
+        """The same of each seed that has an answered request."""
+        of: dict[int, list[RequestRow]] = defaultdict(list)
+        for row in self.rows:
+            of[row.seed].append(row)
+        cells = {seed: replace(self, rows=tuple(own)) for seed, own in sorted(of.items())}
+        return {seed: cell for seed, cell in cells.items() if cell.answered}
+
     @property
     def seeds(self) -> int:
         return len({row.seed for row in self.rows})
+
+    @cached_property
+    def ttft_of(self) -> dict[tuple[int, str], float]:
+        """Seconds by seed and query."""
+        return {
+            (row.seed, row.query_id): row.ttft_s for row in self.answered if row.ttft_s is not None
+        }
 
     @cached_property
     def ttft_s(self) -> Numbers:
@@ -96,6 +112,10 @@ class Measured:
     def ttft(self, percents: Sequence[float] = PERCENTS) -> list[float]:
         """Seconds at those percentiles."""
         return [float(value) for value in np.percentile(self.ttft_s, percents)]
+
+    def ttft_by_seed(self, percents: Sequence[float]) -> list[tuple[float, ...]]:
+        """For each percentile those of the seeds."""
+        return list(zip(*(cell.ttft(percents) for cell in self.by_seed.values()), strict=True))
 
     def completion(self, percent: float) -> float:
         return float(np.percentile(self.completion_s, percent))
@@ -153,6 +173,18 @@ def times_sooner(base: Measured, cell: Measured, percents: Sequence[float]) -> l
     return [float(over / under) for over, under in np.percentile(pairs, percents, axis=0)]
 
 
+def times_sooner_by_seed(
+    base: Measured, cell: Measured, percents: Sequence[float]
+) -> list[tuple[float, ...]]:
+    """For each percentile the same of each seed of which both answered a request."""
+    found = [
+        times_sooner(base.by_seed[seed], own, percents)
+        for seed, own in cell.by_seed.items()
+        if seed in base.by_seed
+    ]
+    return list(zip(*(gains for gains in found if gains), strict=True))
+
+
 def speed_up(base: Measured, cell: Measured, percents: Sequence[float]) -> list[Interval] | None:
     """The same with 95 % intervals."""
     pairs = _pairs(base, cell)
@@ -161,11 +193,8 @@ def speed_up(base: Measured, cell: Measured, percents: Sequence[float]) -> list[
 
 def _pairs(base: Measured, cell: Measured) -> Numbers:
     """TTFT of the requests that both answered, a line each."""
-    own = {(row.seed, row.query_id): row.ttft_s for row in cell.answered}
-    keys = [(row.seed, row.query_id) for row in base.answered]
-    pairs = [
-        (row.ttft_s, own[key]) for row, key in zip(base.answered, keys, strict=True) if key in own
-    ]
+    own = cell.ttft_of
+    pairs = [(base_s, own[key]) for key, base_s in base.ttft_of.items() if key in own]
     return np.array(pairs, float).reshape(-1, 2)
 
 

@@ -13,10 +13,11 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from experiments.report.against_engine import Machines
 from experiments.report.figures import Drawing
 from experiments.report.load import Rows
 from experiments.report.measures import Setting
-from experiments.report.tables import Table
+from experiments.report.table import Table
 from experiments.rows import Row, machine_of
 
 _DPI = 150
@@ -24,11 +25,40 @@ _SALT = "sglang-stream"
 
 
 class Section(NamedTuple):
-    """What there is of cells that are compared with each other."""
+    """What there is of cells that are compared with each other. `where`: the machines, as a
+    sentence; `short`: as a part of one; `sources`: of `LoadRow`."""
 
-    setting: Setting
+    title: str
+    where: str
+    short: str
+    sources: tuple[str, ...]
     tables: Sequence[Table]
-    drawings: Sequence[Drawing]
+    drawings: Sequence[Drawing] = ()
+
+
+def section_of(setting: Setting, tables: Sequence[Table], drawings: Sequence[Drawing]) -> Section:
+    """The section of a setting."""
+    how = "Measured on" if setting.source == "engine" else "Simulated on"
+    placed = f"; placement: {setting.placement}" if setting.placement else ""
+    return Section(
+        setting.workload,
+        f"{how} {setting.machine}{placed}",
+        ", ".join(part for part in (setting.machine, setting.placement) if part),
+        (setting.source,),
+        tables,
+        drawings,
+    )
+
+
+def section_of_both(machines: Machines, table: Table) -> Section:
+    """The section of the simulator against the engine."""
+    return Section(
+        f"{machines.workload}: the simulator against the engine",
+        f"Simulated on {machines.simulated}, measured on {machines.measured}",
+        f"{machines.simulated} against {machines.measured}",
+        ("simulator", "engine"),
+        [table],
+    )
 
 
 def page(sections: Sequence[Section], costs: Sequence[Drawing], rows: Rows) -> str:
@@ -38,14 +68,7 @@ def page(sections: Sequence[Section], costs: Sequence[Drawing], rows: Rows) -> s
     ).from_string((files("experiments.report") / "page.html.j2").read_text())
     return template.render(
         sections=[
-            {
-                "title": section.setting.workload,
-                "source": section.setting.source,
-                "machine": section.setting.machine,
-                "placement": section.setting.placement,
-                "tables": section.tables,
-                "drawings": [_inline(drawing) for drawing in section.drawings],
-            }
+            section._asdict() | {"drawings": [_inline(drawing) for drawing in section.drawings]}
             for section in sections
         ],
         costs=[_inline(drawing) for drawing in costs],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -10,11 +10,13 @@ import typer
 
 from experiments import display
 from experiments.command import run_command
+from experiments.report.against_engine import against_engine
 from experiments.report.figures import Drawing, drawings_of, recompute_against_swap
 from experiments.report.load import Rows, load_rows
-from experiments.report.measures import Setting, by_setting, goodput_limit_s, measured
-from experiments.report.page import Section, as_png, as_svg, page
-from experiments.report.tables import Table, tables_of
+from experiments.report.measures import by_setting, goodput_limit_s, measured
+from experiments.report.page import Section, as_png, as_svg, page, section_of, section_of_both
+from experiments.report.table import Table
+from experiments.report.tables import tables_of
 from sglang_stream.config import load_profile, profile_names
 from sglang_stream.errors import InvalidRequest
 
@@ -36,7 +38,7 @@ def report(
         list[Path],
         typer.Argument(help="Files that `replay` and `simulate` wrote.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write into.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("report"),
     goodput: Annotated[
         str | None,
         typer.Option(
@@ -51,9 +53,10 @@ def report(
     """Write tables (Markdown, CSV), figures (SVG, PNG) and one HTML page.
 
     Rows of several files are put together; what is compared with each other is
-    of the same machine, workload and placement, measured or simulated:
+    of the same machine, workload and placement, measured or simulated. Where a
+    workload is there both ways, one table has the simulator against the engine:
 
-      sglang-stream report simulated.jsonl measured.jsonl --out report
+      sglang-stream report simulated.jsonl measured.jsonl
     """
     known = load_rows(rows)
     limit_s = known.goodput_ttft_s if goodput is None else goodput_limit_s(goodput)
@@ -70,19 +73,25 @@ def report(
 def files_of(rows: Rows, goodput_ttft_s: float | None, profiles: list[str]) -> Iterator[Written]:
     """All files of a report."""
     sections: list[Section] = []
-    for setting, cells in by_setting(measured(rows.requests)).items():
-        tables = list(tables_of(setting, cells, rows, goodput_ttft_s))
+    every = measured(rows.requests)
+    for machines, table in against_engine(every):
+        sections.append(section_of_both(machines, table))
+        yield from _files(slug(("against-engine", *machines)), [table], [])
+    known = {("simulator", name): load_profile(name) for name in _profiles_of(rows)}
+    for setting, cells in by_setting(every).items():
+        profile = known.get((setting.source, setting.machine))
+        tables = list(tables_of(setting, cells, rows, goodput_ttft_s, profile))
         drawings = list(drawings_of(setting, cells, rows))
-        sections.append(Section(setting, tables, drawings))
+        sections.append(section_of(setting, tables, drawings))
         yield from _files(slug(setting), tables, drawings)
     costs = [recompute_against_swap(load_profile(name)) for name in profiles]
     yield from _files("profiles", [], costs)
     yield Written("index.html", page(sections, costs, rows).encode())
 
 
-def slug(setting: Setting) -> str:
-    """A setting as the name of a folder."""
-    text = "-".join(part for part in setting if part).lower()
+def slug(parts: Iterable[str | None]) -> str:
+    """The fields of a setting as the name of a folder."""
+    text = "-".join(part for part in parts if part).lower()
     return "-".join("".join(c if c.isalnum() else " " for c in text).split())
 
 

@@ -1,16 +1,11 @@
-"""The tables of a report, and how they are written: pure functions."""
+"""The tables of cells that are compared with each other: pure functions."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import permutations
-from typing import NamedTuple
 
 from experiments.published import PERCENTS as PUBLISHED_PERCENTS
-from experiments.published import PublishedName, published_speed_up, published_ttft_s
+from experiments.report.beside_published import beside_published
 from experiments.report.load import Rows
 from experiments.report.measures import (
     PERCENTS,
@@ -20,46 +15,26 @@ from experiments.report.measures import (
     times_sooner,
     waiting_beside,
 )
+from experiments.report.table import Table, low_to_high
 from experiments.stats import Interval
+from sglang_stream.config import Profile
 
 _AS_SECONDS = ("waiting", "default")  # published so; the policies as ratios over waiting
-_NEAR = 0.25  # of a published ratio
-_APART = 1.15  # a published order of two policies that differ by less says little
-
-
-@dataclass(frozen=True)
-class Table:
-    """`name`: of its files. The first `texts` columns are texts, the others numbers."""
-
-    name: str
-    title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    texts: int = 2
-
-    def as_csv(self) -> str:
-        file = io.StringIO()
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(self.headings)
-        lines.writerows(self.rows)
-        return file.getvalue()
-
-    def as_markdown(self) -> str:
-        rule = ["---" if i < self.texts else "---:" for i in range(len(self.headings))]
-        lines = [self.headings, rule, *self.rows]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"### {self.title}\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
 
 
 def tables_of(
-    setting: Setting, cells: Sequence[Measured], rows: Rows, goodput_ttft_s: float | None
+    setting: Setting,
+    cells: Sequence[Measured],
+    rows: Rows,
+    goodput_ttft_s: float | None,
+    profile: Profile | None = None,
 ) -> Iterator[Table]:
-    """All tables of cells that are compared with each other."""
+    """All tables of cells that are compared with each other. `profile`: what simulated them, where
+    that is known."""
     published = rows.published.get((setting.source, setting.machine, setting.workload))
     yield shaped_as_published(setting, cells)
     if published is not None:
-        compared = beside_published(setting, cells, published)
+        compared = beside_published(setting, cells, published, profile)
         if compared.rows:
             yield compared
     yield percentiles(setting, cells)
@@ -105,95 +80,28 @@ def _in_published_form(cell: Measured | None, cells: Sequence[Measured]) -> str:
     return " / ".join(f"{gain:.3f}x" for gain in gains) if gains else ""
 
 
-def beside_published(
-    setting: Setting, cells: Sequence[Measured], published: PublishedName
-) -> Table:
-    """A line for each cell and percentile that is published: seconds, and how many times sooner
-    than waiting, each with its ratio to the published figure."""
-    lines: list[tuple[str, ...]] = []
-    pairs: list[_Pair] = []
-    for cell in cells:
-        seconds = published_ttft_s(published, cell.how.qps).get(cell.how.name)
-        if seconds is None:
-            continue
-        base = waiting_beside(cell, cells)
-        gains = times_sooner(base, cell, PUBLISHED_PERCENTS) if base is not None else None
-        known = published_speed_up(published, cell.how.qps).get(cell.how.name)
-        for i, percent in enumerate(PUBLISHED_PERCENTS):
-            own = cell.ttft([percent])[0]
-            times = ("", "", "")
-            if gains and known:
-                times = (f"{gains[i]:.3f}x", f"{known[i]:.3f}x", f"{gains[i] / known[i]:.2f}")
-                pairs.append(_Pair(cell.how.qps, cell.how.name, percent, gains[i], known[i]))
-            lines.append(
-                (
-                    f"{cell.how.qps:g}",
-                    cell.how.name,
-                    f"P{percent}",
-                    f"{own:.4f}",
-                    f"{seconds[i]:.4f}",
-                    f"{own / seconds[i]:.2f}",
-                    *times,
-                )
-            )
-    return Table(
-        "published",
-        f"TTFT beside the published figures, {setting}",
-        ("QPS", "", "", "TTFT, s", "published", "ratio", "over waiting", "published", "ratio"),
-        tuple(lines),
-        "Published: Stream2LLM, arXiv 2604.16395, Llama-3.1-8B on 2x H200; a policy's seconds are "
-        f"those of waiting over its published speed-up. {_agreement(pairs)}",
-        texts=3,
-    )
-
-
-class _Pair(NamedTuple):
-    """How many times sooner than waiting a policy is: here, and as published."""
-
-    qps: float
-    policy: str
-    percent: int
-    own: float
-    known: float
-
-
-def _agreement(pairs: Sequence[_Pair]) -> str:
-    """How near the policies' P50 and P95 over waiting are to the published ones, in words.
-
-    Without `default`: the published one is another order than ours.
-    """
-    compared = [pair for pair in pairs if pair.percent in (50, 95) and pair.policy != "default"]
-    near = sum(abs(pair.own / pair.known - 1) <= _NEAR for pair in compared)
-    kept = [
-        better.own > worse.own
-        for better, worse in permutations(compared, 2)
-        if (better.qps, better.percent) == (worse.qps, worse.percent)
-        and better.known > _APART * worse.known
-    ]
-    return (
-        f"Of the policies' P50 and P95 over waiting, {near} of {len(compared)} are within "
-        f"{_NEAR:.0%} of the published ones; of the published orders of two policies that are more "
-        f"than {_APART - 1:.0%} apart, {sum(kept)} of {len(kept)} are kept."
-    )
-
-
 def percentiles(setting: Setting, cells: Sequence[Measured]) -> Table:
-    """TTFT of each cell, and its median and P95 over waiting's with intervals."""
+    """TTFT of each cell, its median and P95 by seed, and both over waiting's with intervals."""
     lines: list[tuple[str, ...]] = []
     for cell in cells:
         base = waiting_beside(cell, cells)
         gains = speed_up(base, cell, (50, 95)) if base is not None else None
         texts = [f"{seconds:.4f}" for seconds in cell.ttft()]
+        texts += [low_to_high(seconds, "{:.4f}") for seconds in cell.ttft_by_seed((50, 95))]
         texts += [_with_interval(gain) for gain in gains] if gains else ["", ""]
         lines.append((f"{cell.how.qps:g}", cell.how.name, *texts))
-    headings = (*(f"P{percent}, s" for percent in PERCENTS), "over waiting, P50", "P95")
+    headings = (
+        *(f"P{percent}, s" for percent in PERCENTS),
+        *("seeds, P50", "seeds, P95", "over waiting, P50", "P95"),
+    )
     return Table(
         "percentiles",
         f"TTFT percentiles, {setting}",
         ("QPS", "", *headings),
         tuple(lines),
-        "In brackets: 95 % interval by bootstrap over requests, all seeds together.",
-    )
+        "In brackets: 95 % interval by bootstrap over requests, all seeds together. Seeds: the "
+        "lowest and the highest of one seed.",
+    ).without_empty()
 
 
 def throughput(setting: Setting, cells: Sequence[Measured]) -> Table:

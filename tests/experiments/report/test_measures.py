@@ -9,6 +9,7 @@ from experiments.report.measures import (
     measured,
     speed_up,
     times_sooner,
+    times_sooner_by_seed,
     waiting_beside,
 )
 from sglang_stream.errors import InvalidRequest
@@ -71,6 +72,17 @@ def test_no_request_in_common() -> None:
     base, cell = measured([*requests(None, 0.4), *requests("fcfs", 0.1, seed=3)])
     assert times_sooner(base, cell, (50,)) is None
     assert speed_up(base, cell, (50,)) is None
+
+
+def test_seeds_apart() -> None:
+    lost = [msgspec.structs.replace(row, ttft_s=None) for row in requests("fcfs", 0.1, seed=2)]
+    rows = [*requests("fcfs", 0.2, seed=1), *requests("fcfs", 0.1), *lost]
+    base, cell = measured([*requests(None, 0.4), *requests(None, 0.4, seed=1), *rows])
+    assert list(cell.by_seed) == [0, 1]
+    assert cell.ttft_by_seed([0]) == [pytest.approx((0.1, 0.2))]
+    assert times_sooner_by_seed(base, cell, [50, 95]) == [pytest.approx((4, 2))] * 2
+    (alone,) = measured(requests(None, 0.4, seed=7))
+    assert times_sooner_by_seed(alone, cell, [50]) == []
 
 
 def test_waiting_at_the_same_rate_in_the_same_setting() -> None:

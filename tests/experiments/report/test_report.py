@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from experiments.published import published_speed_up, published_ttft_s
 from experiments.report.load import load_rows
 from experiments.report.measures import by_setting, measured
 from experiments.report.run import files_of, main
@@ -39,13 +38,6 @@ def tables(path: Path, goodput_s: float | None = None) -> dict[str, list[dict[st
     }
 
 
-def test_published_figures() -> None:
-    assert published_ttft_s("crawler", 4.0)["waiting"] == (0.7521, 4.3418, 5.4011)
-    assert published_ttft_s("crawler", 4.0)["fcfs"][1] == pytest.approx(4.3418 / 7.012)
-    assert published_speed_up("anns", 0.5)["default"][0] == pytest.approx(0.2060 / 0.1297)
-    assert published_ttft_s("crawler", 3.0) == published_speed_up("crawler", 3.0) == {}
-
-
 def test_the_published_shape(tmp_path: Path) -> None:
     first, second = tables(write(tmp_path / "rows", ROWS))["ttft"]
     assert list(first) == ["QPS", "waiting, s", "streaming default, s", "fcfs", "srpf"]
@@ -55,41 +47,18 @@ def test_the_published_shape(tmp_path: Path) -> None:
     assert second["fcfs"] == ""
 
 
-def test_beside_the_published_figures(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows", ROWS)
-    lines = path.read_text().splitlines()[1:]
-    rows = load_rows([path])
-    ((setting, cells),) = by_setting(measured(rows.requests)).items()
-    found = {table.name: table for table in tables_of(setting, cells, rows, None)}["published"]
-    assert [line[1] for line in found.rows] == ["waiting"] * 3 + ["fcfs"] * 3 + ["default"] * 3 + [
-        "waiting"
-    ] * 3
-    fcfs = next(line for line in found.rows if line[:3] == ("1", "fcfs", "P50"))
-    assert fcfs[3:] == ("0.1475", "0.0307", "4.80", "4.000x", "4.271x", "0.94")
-    assert len(lines) == len(ROWS)
-
-
-def test_agreement_with_the_published_figures(tmp_path: Path) -> None:
-    kept = [*requests(None, 0.4), *requests("fcfs", 0.1), *requests("mcps", 0.15)]
-    other = [*requests(None, 0.4), *requests("fcfs", 0.1), *requests("mcps", 0.05)]
-    notes = [published_note(write(tmp_path / f"{i}", rows)) for i, rows in enumerate((kept, other))]
-    # Published at 1 QPS: fcfs 4.271x and 4.874x, mcps 4.317x and 2.927x; here fcfs 4x and 4x.
-    assert "3 of 4 are within 25%" in notes[0]
-    assert "1 of 1 are kept" in notes[0]
-    assert "2 of 4 are within 25%" in notes[1]
-    assert "0 of 1 are kept" in notes[1]
-
-
-def published_note(path: Path) -> str:
-    rows = load_rows([path])
-    ((setting, cells),) = by_setting(measured(rows.requests)).items()
-    found = {table.name: table for table in tables_of(setting, cells, rows, None)}
-    return found["published"].note
-
-
 def test_rows_that_are_not_to_be_compared(tmp_path: Path) -> None:
     manifest = MANIFEST | {"spec": {"name": "cpu"}}
     assert "published" not in tables(write(tmp_path / "rows", ROWS, manifest))
+
+
+def test_percentiles_by_seed(tmp_path: Path) -> None:
+    one, *_ = tables(write(tmp_path / "one", ROWS))["percentiles"]
+    assert "seeds, P50" not in one
+    rows = [*requests("fcfs", 0.1), *requests("fcfs", 0.2, seed=1)]
+    (two,) = tables(write(tmp_path / "two", rows))["percentiles"]
+    assert two["seeds, P50"] == "0.1475 to 0.2950"
+    assert "over waiting, P50" not in two
 
 
 def test_goodput(tmp_path: Path) -> None:
@@ -179,6 +148,26 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert "computed again" in page  # the profile that the rows name
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+def test_the_page_has_the_simulator_against_the_engine(tmp_path: Path) -> None:
+    engine = requests("fcfs", 0.1, source="engine", machine="2 <cores>")
+    path = write(tmp_path / "rows", [*ROWS, *engine, end(engine)])
+    assert main([str(path), "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "crawler: the simulator against the engine" in page
+    assert "Simulated on h200-tp2, measured on 2 &lt;cores&gt;" in page
+    folder = tmp_path / "report" / "against-engine-crawler-h200-tp2-2-cores"
+    assert {file.name for file in folder.iterdir()} == {"against-engine.md", "against-engine.csv"}
+
+
+def test_the_folder_that_is_written_without_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows", ROWS[:20])
+    monkeypatch.chdir(tmp_path)
+    assert main([str(path)]) == 0
+    assert (tmp_path / "report" / "index.html").exists()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
