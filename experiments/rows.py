@@ -59,7 +59,7 @@ def manifest(model_path: str, flags: Sequence[str], seed: int) -> Row:
         "seed": seed,
         "versions": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": source_commit(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": _gpus(),
@@ -81,7 +81,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of this source tree, with `-dirty` for changes; None outside a checkout."""
     return _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
 

@@ -12,6 +12,7 @@ from experiments import display
 from experiments.command import run_command
 from experiments.replay.run import main as replay
 from experiments.report.run import main as report
+from experiments.rows import source_commit
 from experiments.simulate.run import main as simulate
 from experiments.spec import load_spec, spec_fields
 from sglang_stream.config import profile_names
@@ -91,11 +92,12 @@ def _run(step: Step) -> int:
 
 
 def is_simulated(step: Step) -> bool:
-    """Whether its rows are there, of the specification as it is now."""
+    """Whether its rows are there, of the specification and the source tree as they are now."""
     try:
         with step.rows.open() as lines:
             head = json.loads(next(lines))
     except (OSError, StopIteration, ValueError):
         return False
     wanted = json.loads(json.dumps(spec_fields(load_spec(step.spec))))
-    return bool(head.get("spec") == wanted and head.get("profile") == step.profile)
+    made_of = (head.get("spec"), head.get("profile"), head.get("commit"))
+    return made_of == (wanted, step.profile, source_commit())

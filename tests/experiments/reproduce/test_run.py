@@ -50,7 +50,9 @@ def test_a_name_that_tells_nothing(specs: Path, tmp_path: Path) -> None:
         steps_of(specs, tmp_path)
 
 
-def test_simulated_and_reported_and_not_again(specs: Path, tmp_path: Path) -> None:
+def test_simulated_and_reported_and_not_again(
+    specs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (specs / "a_cpu.toml").unlink()
     out = tmp_path / "out"
     command = ["--specs", str(specs), "--out", str(out)]
@@ -65,6 +67,9 @@ def test_simulated_and_reported_and_not_again(specs: Path, tmp_path: Path) -> No
     rows = step.rows.read_text()
     assert main(command) == 0
     assert step.rows.read_text() == rows
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.reproduce.run.source_commit", lambda: "another")
+        assert not is_simulated(step)
     step.spec.write_text(step.spec.read_text().replace("queries = 20", "queries = 10"))
     assert not is_simulated(step)
     assert main(command) == 0
