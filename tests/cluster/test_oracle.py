@@ -15,8 +15,9 @@ from tests.harness import wait_until
 ANSWER = 12
 
 
-def streamed(url: str, seed: str, mode: str) -> tuple[list[int], list[int]]:
-    """The tokens of a stream whose context comes in random pieces, and those of a cold call."""
+def streamed(url: str, seed: str, mode: str, *, along: bool) -> tuple[list[int], list[int]]:
+    """The tokens of a stream whose context comes in random pieces, the last one `along` with the
+    call that generates or before it, and those of a cold call."""
     rng = random.Random(seed)
     opening, tail = tokens(f"opening {seed}", 20), tokens(f"tail {seed}", 10)
     with httpx.Client(base_url=url, timeout=300) as http:
@@ -24,13 +25,13 @@ def streamed(url: str, seed: str, mode: str) -> tuple[list[int], list[int]]:
         context: list[int] = []
         for seq in range(1, 6):
             piece = tokens(f"{seed} {seq}", rng.randint(1, 400))
-            if mode == "append":
-                context += piece
-                append(http, stream, seq, piece)
-            else:
-                context = context[: rng.randint(0, len(context))] + piece
-                update(http, stream, seq, context)
-        answer = generate(http, stream, tail, ANSWER, last_seq=5)
+            kept = len(context) if mode == "append" else rng.randint(0, len(context))
+            context = context[:kept] + piece
+            sent = piece if mode == "append" else context
+            if seq < 5 or not along:
+                (append if mode == "append" else update)(http, stream, seq, sent)
+        last = {"last": {"seq": 5, "input_ids": sent}} if along else {}
+        answer = generate(http, stream, tail, ANSWER, last_seq=5, **last)
         assert answer.error is None
         counters = answer.usage["stream"]
         assert (counters["chunks"], counters["updates"]) == ((5, 0) if mode == "append" else (0, 5))
@@ -39,9 +40,10 @@ def streamed(url: str, seed: str, mode: str) -> tuple[list[int], list[int]]:
         return answer.ids, cold(http, opening + context + tail, ANSWER).ids
 
 
+@pytest.mark.parametrize("along", [False, True])
 @pytest.mark.parametrize("mode", ["append", "update"])
-def test_one_stream(cluster: ClusterProcesses, mode: str) -> None:
-    got, expected = streamed(cluster.routers[0].url, f"one {mode}", mode)
+def test_one_stream(cluster: ClusterProcesses, mode: str, along: bool) -> None:
+    got, expected = streamed(cluster.routers[0].url, f"one {mode} {along}", mode, along=along)
     assert got == expected
     assert len(got) == ANSWER
 
@@ -50,7 +52,9 @@ def test_sixteen_streams_at_once(cluster: ClusterProcesses) -> None:
     url = cluster.routers[0].url
     with ThreadPoolExecutor(16) as pool:
         pairs = [
-            pool.submit(streamed, url, f"many {i}", "append" if i % 2 else "update")
+            pool.submit(
+                streamed, url, f"many {i}", "append" if i % 2 else "update", along=i % 4 < 2
+            )
             for i in range(16)
         ]
         for pair in pairs:
