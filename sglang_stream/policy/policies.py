@@ -25,8 +25,7 @@ SHARE = 20
 """How many times as long as alone an open stream's prefill takes beside all the others, in `slack`.
 
 With 1 its work hardly counts against the seconds to its seal, and streams with much to compute are
-begun late. The factor comes from a simulation; on an engine too few requests were measured to tell
-it from half or twice as much.
+begun late. The factor comes from a simulation; no other one was measured on an engine.
 """
 
 
