@@ -52,8 +52,9 @@ def test_oracle(log_dir: Path, name: str) -> None:
         worker.flush()
         _aborts(worker)
         worker.flush()
-        _under_pressure(worker)
-        worker.flush()
+        if name != "small-chunked-prefill-no-overlap":  # policies are met in `test_policies`
+            _under_pressure(worker)
+            worker.flush()
         worker.assert_healthy()
         if "--tp-size" in flags:
             _ranks_decided_alike(worker)

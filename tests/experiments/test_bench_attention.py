@@ -42,6 +42,7 @@ def test_table_shows_medians_and_bars() -> None:
     assert "met" not in decode
 
 
+@pytest.mark.long
 def test_measures_the_same_results_on_both_sides() -> None:
     rows = run(new=16, cached=500, repeats=3, dtypes=["float32"])
     assert [(r["part"], r["phase"]) for r in rows] == [

@@ -63,6 +63,7 @@ def test_wrong_arguments_are_explained(capsys: pytest.CaptureFixture[str]) -> No
     assert "re-sending" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_on_the_running_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A whole small run: rows, their tables, and the same tables from the file."""
     out = tmp_path / "rows.jsonl"

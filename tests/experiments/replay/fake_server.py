@@ -99,22 +99,32 @@ class FakeServer:
             return JSONResponse({"detail": "Not Found"}, 404)
         self.opened += 1
         name = f"st-{self.opened}"
-        self.streams[name] = {"opening": body["input_ids"], "context": [], "chunks": 0}
+        self.streams[name] = {
+            "mode": body["mode"],
+            "opening": body["input_ids"],
+            "context": [],
+            "chunks": 0,
+        }
         return JSONResponse({"id": name}, 201)
 
     async def _append(self, name: str, body: Any) -> Response:
-        self.calls += 1
-        self.streams[name]["chunks"] += 1
-        self.streams[name]["context"] += body["input_ids"]
+        self._take(name, body)
         return JSONResponse({"seq": body["seq"], "tokens": 0}, 202)
 
     async def _update(self, name: str, body: Any) -> Response:
-        self.calls += 1
-        self.streams[name]["chunks"] += 1
-        self.streams[name]["context"] = body["input_ids"]
+        self._take(name, body)
         return JSONResponse({"seq": body["seq"], "tokens": 0, "lcp": 0}, 202)
 
+    def _take(self, name: str, body: Any) -> None:
+        stream = self.streams[name]
+        self.calls += 1
+        stream["chunks"] += 1
+        before = stream["context"] if stream["mode"] == "append" else []
+        stream["context"] = before + body["input_ids"]
+
     async def _generate(self, name: str, body: Any) -> Response:
+        if "last" in body:
+            self._take(name, body["last"])
         stream = self.streams.pop(name)
         prompt = [*stream["opening"], *stream["context"], *body["input_ids"]]
         usage = {"chunks": stream["chunks"], "ready_tokens": len(stream["context"])}
