@@ -43,7 +43,7 @@ class Revisions:
             raise ValueError("depth, returned and flips are shares, from 0 to 1")
 
 
-# Of 300 searches of an inverted file over 20,000 passages of documentation, measured by
+# Of 300 searches of an inverted file over passages of documentation, measured by
 # `sglang-stream progressive --no-engine --questions 300`: a wider search only finds nearer
 # documents, so none that has gone comes back, and none changes its place among the others. (With a
 # graph: 1.99 come in, at 0.56.) Other searches rerank, or lose what they had: give theirs.
