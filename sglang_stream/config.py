@@ -35,8 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     finds it through the worker's `/get_server_info`). `max_streams`: open at once.
     `pass_tokens`: the most tokens of open streams computed in one iteration.
     `pass_ms`: how long an iteration with passes may be predicted to take; None for what
-    `policy.pace` finds, 50 at least. `cost`: the machine's costs; None to learn the prefill's from
-    the passes, in which case `auto` preemption never swaps. `policy`, `preemption`,
+    `policy.pace` finds, 50 at least. `cost`: the machine's costs; None to learn them from the
+    forwards and, after a guess, the swaps (`engine.learn`). `policy`, `preemption`,
     `invalidation`: see `policy.types`. `host_memory_gb`: for copies of preempted streams' KV, GiB
     of each tensor-parallel rank. `max_prompt_tokens`: of one stream, None for the model's context
     length. `secret`: only routers that have the same one can reach the socket, and what is said is
