@@ -31,6 +31,7 @@ from sglang_stream.engine.engine import StreamEngine
 from sglang_stream.engine.metrics import EngineMetrics, silent_metrics
 from sglang_stream.engine.passes import admit_pass, ticket_of
 from sglang_stream.engine.schedule import Scheduling
+from sglang_stream.engine.seal import in_order
 
 CACHE_BACKEND = "sglang_stream"
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
@@ -171,7 +172,7 @@ class StreamPlugin:
     def _receive(self, pulled: list[Any] | None, _receiver: Any) -> list[Any] | None:
         if pulled is None or self.engine is None:
             return pulled
-        return pulled + self.engine.receive()
+        return in_order(pulled, self.engine.receive())
 
     @staticmethod
     def _refuse_huge_ids(original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:

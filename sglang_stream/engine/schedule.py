@@ -94,9 +94,14 @@ class Scheduling:
         decision = self._decide(full, running_batch)
         self._apply(decision)
         passes = self._build_passes(decision)
-        later = self._postpone(full)
+        later, stretched = self._postpone(full)
         scheduler.waiting_queue.extend(passes)
-        batch_plan = original(scheduler, running_batch)
+        chunked_prefill_size = scheduler.chunked_prefill_size
+        scheduler.chunked_prefill_size = stretched or chunked_prefill_size
+        try:
+            batch_plan = original(scheduler, running_batch)
+        finally:
+            scheduler.chunked_prefill_size = chunked_prefill_size
         left_over = {id(r) for r in passes}
         scheduler.waiting_queue = (
             withheld + [r for r in scheduler.waiting_queue if id(r) not in left_over] + later
@@ -328,21 +333,27 @@ class Scheduling:
         self._scheduler.waiting_queue = [r for r in queue if id(r) not in waiting]
         return [r for r in queue if id(r) in waiting]
 
-    def _postpone(self, full: list[View]) -> list[Req]:
-        """Takes full requests that are not to share the next iteration out of the queue for it.
+    def _postpone(self, full: list[View]) -> tuple[list[Req], int | None]:
+        """Takes full requests that are not to share the next iteration out of the queue for it;
+        and the chunked-prefill size of that one, None for the usual one.
 
         Ordinary requests among themselves are SGLang's to arrange.
         """
         if not self._sealed():
-            return []
+            return [], None
         scheduler = self._scheduler
-        together = self._planner.together(full, self._batch_tokens())
-        if together == len(full):
-            return []
+        usual = self._batch_tokens()
+        together, tokens = self._planner.together(full, usual)
+        stretched = None
+        if tokens > usual and scheduler.chunked_prefill_size is not None:
+            # SGLang counts each request's part in whole pages.
+            stretched = tokens + together * self._page
+        if together == len(full) and stretched is None:
+            return [], None
         kept = together - (scheduler.chunked_req is not None)
         later: list[Req] = scheduler.waiting_queue[kept:]
         scheduler.waiting_queue = scheduler.waiting_queue[:kept]
-        return later
+        return later, stretched
 
     def _started(self, batch: ScheduleBatch | None, running_batch: ScheduleBatch) -> None:
         """Without a prefill `batch` the running one decodes."""

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
 
+from sglang_stream.engine.channel import StreamEvent
 from sglang_stream.engine.roles import role_of
 from sglang_stream.engine.stream import Stream
 from sglang_stream.engine.table import StreamTable
@@ -23,7 +24,7 @@ from sglang_stream.errors import (
     StreamError,
     StreamMoved,
 )
-from sglang_stream.messages import SEAL_KEY, SealCall
+from sglang_stream.messages import SEAL_KEY, Append, SealCall, Update
 
 
 def seal_call(request: TokenizedGenerateReqInput) -> SealCall | None:
@@ -60,6 +61,30 @@ def seal(
     request.input_ids = table.seal(stream, request.rid) + tail
     request.extra_key = stream.namespace
     return stream
+
+
+def in_order(pulled: list[Any], events: list[Any]) -> list[Any]:
+    """The requests that SGLang has pulled and the events that were polled after them, as they are
+    to be handled: a seal comes after the chunks that it counts on, which were sent before it.
+    """
+    calls = [call for request in pulled if (call := _readable_call(request)) is not None]
+    seals = {call.id: call.last_seq or 0 for call in calls}
+    ends = [end for end, received in enumerate(events, 1) if _counts(received, seals)]
+    before = ends[-1] if ends else 0
+    return events[:before] + pulled + events[before:]
+
+
+def _readable_call(request: Any) -> SealCall | None:
+    try:
+        return seal_call(request) if isinstance(request, TokenizedGenerateReqInput) else None
+    except Malformed:
+        return None  # refused when it is handled
+
+
+def _counts(received: Any, seals: dict[str, int]) -> bool:
+    """Whether `received` is a chunk of one of the seals."""
+    event = received.event if isinstance(received, StreamEvent) else None
+    return isinstance(event, Append | Update) and event.seq <= seals.get(event.stream_id, 0)
 
 
 def check_ordinary(request: TokenizedGenerateReqInput, vocab_size: int) -> None:

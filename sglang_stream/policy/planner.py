@@ -29,6 +29,11 @@ Several that take the fixed cost each are done as soon, in the mean, one after t
 are together; at twice that the first ones gain more than the last one loses.
 """
 
+_STRETCH = 16
+"""An iteration may be longer by this part of its tokens where that ends a request: a rest of a few
+tokens, such as a question after a chunk, would take the fixed cost of an iteration of its own.
+"""
+
 
 class Planner:
     """Plans by a policy, with a machine's costs (None as long as they are not known)."""
@@ -64,27 +69,33 @@ class Planner:
             return Decision(tuple(victims), first)
         return self._passes(full, ranked, pool, budget, pool.spare - need)
 
-    def together(self, full: Sequence[View], tokens: int) -> int:
-        """How many of the waiting `full` requests, from the first, share the next iteration, of
-        `tokens` at most.
+    def together(self, full: Sequence[View], tokens: int) -> tuple[int, int]:
+        """How many of the waiting `full` requests, from the first, share the next iteration, and
+        how many tokens it gets: `tokens`, or a few more.
 
-        Where one of them gets its last slice, a long slice of the next one would only delay its
-        first token: it begins an iteration later.
+        Where one of them gets its last slice, a slice of the next one would only delay its first
+        token if it is long, or if the next one needs as many further iterations in any case: it
+        begins an iteration later.
         """
         if self.cost is None:
-            return len(full)
+            return len(full), tokens
         prefill = self.cost.prefill
         longest_s = _JOINING * prefill.base_s
+        left = tokens
         ends = False
         for index, view in enumerate(full):
-            if tokens <= 0:
-                return index
-            new = min(view.missing, tokens)
-            if ends and prefill.work_s(new, view.ready) > longest_s:
-                return index
-            ends = ends or new == view.missing
-            tokens -= new
-        return len(full)
+            if left <= 0:
+                return index, tokens
+            new = view.missing if view.missing <= left + tokens // _STRETCH else left
+            rest = view.missing - new
+            spares = not rest or _iterations(rest, tokens) < _iterations(view.missing, tokens)
+            if ends and (not spares or prefill.work_s(new, view.ready) > longest_s):
+                return index, tokens
+            if new > left:
+                return index + 1, tokens + new - left
+            ends = ends or not rest
+            left -= new
+        return len(full), tokens
 
     def make_room(self, ranked: Sequence[View], deficit: int, pool: PoolView) -> list[Victim]:
         """The fewest streams from the end of `ranked`, open ones first, whose KV covers `deficit`
@@ -176,3 +187,8 @@ class Planner:
         if self._preemption == "auto":
             return self.cost is not None and self.cost.swap_is_cheaper(view.held)
         return self._preemption == "swap"
+
+
+def _iterations(missing: int, tokens: int) -> int:
+    """How many of `tokens` each compute `missing` ones, at least one, the last one stretched."""
+    return -(-max(missing - tokens // _STRETCH, 1) // tokens)

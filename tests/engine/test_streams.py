@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -106,6 +107,26 @@ def test_two_updates_in_a_row_while_a_pass_runs(worker: Worker) -> None:
     assert [a.seq for a in answers if isinstance(a, m.Accepted)] == [1, 2, 3, 4, 5, 6, 7]
     answer = worker.seal(stream, [], last_seq=7)
     assert answer.tokens == worker.cold(final).tokens
+
+
+@pytest.mark.parametrize("mode", ["append", "update"])
+def test_a_chunk_that_waits_with_its_seal_goes_before_it(worker: Worker, mode: m.Mode) -> None:
+    """The scheduler finds both when a forward ends."""
+    prompt, tail = tokens(("waits", mode), 150), tokens("tail", 7)
+    stream = worker.open(mode)
+    raw = m.pack_tokens(prompt)
+    event = m.Append if mode == "append" else m.Update
+    with ThreadPoolExecutor() as others:
+        long = others.submit(worker.cold, tokens(("long", mode), 1900), 1)
+        computing = worker.send(m.Query(stream))
+        while worker.socket.poll(100):
+            worker.receive()
+            computing = worker.send(m.Query(stream))
+        chunk = worker.send(event(stream, 1, raw, m.digest(raw)))
+        answer = worker.seal(stream, tail, last_seq=1)
+        long.result()
+    assert [worker.receive()[0] for _ in range(2)] == [computing, chunk]
+    assert answer.tokens == worker.cold(prompt + tail).tokens
 
 
 @pytest.mark.parametrize("stage", ["opened", "computing", "computed", "updated", "sealed"])

@@ -207,16 +207,33 @@ def test_a_long_slice_does_not_share_the_iteration_in_which_another_prefill_ends
     planner = Planner(POLICIES["fcfs"], "auto", CostModel(forward, COST.swap_out, COST.swap_in))
     tail, short, long = whole(16, name="tail"), whole(40, name="short"), whole(41, name="long")
     huge = whole(2000, name="huge")
-    assert planner.together([tail, short, short], 512) == 3
-    assert planner.together([tail, short, long, short], 512) == 2
-    assert planner.together([huge, long], 512) == 1  # the iteration is full
-    assert planner.together([huge, long], 4096) == 1
-    assert planner.together([], 512) == 0
+    assert planner.together([tail, short, short], 512) == (3, 512)
+    assert planner.together([tail, short, long, short], 512) == (2, 512)
+    assert planner.together([huge, long], 512) == (1, 512)  # the iteration is full
+    assert planner.together([huge, long], 4096) == (1, 4096)
+    assert planner.together([], 512) == (0, 512)
+
+
+def test_an_iteration_is_stretched_where_that_ends_a_request() -> None:
+    forward = Prefill(0.02, 1e-3, 0.0)
+    planner = Planner(POLICIES["fcfs"], "auto", CostModel(forward, COST.swap_out, COST.swap_in))
+    with_question, longer = whole(528, name="with a question"), whole(545, name="longer")
+    assert planner.together([with_question, with_question], 512) == (1, 528)
+    assert planner.together([longer], 512) == (1, 512)
+    assert planner.together([whole(500, name="first"), whole(40, name="last")], 512) == (2, 540)
+
+
+def test_a_slice_that_spares_no_iteration_does_not_join_one_that_ends() -> None:
+    forward = Prefill(0.02, 1e-3, 0.0)
+    planner = Planner(POLICIES["fcfs"], "auto", CostModel(forward, COST.swap_out, COST.swap_in))
+    first = whole(500, name="first")
+    assert planner.together([first, whole(528, name="one further in any case")], 512) == (1, 512)
+    assert planner.together([first, whole(550, name="two, or one")], 512) == (2, 512)
 
 
 def test_requests_share_iterations_as_they_come_while_no_cost_is_known() -> None:
     planner = Planner(POLICIES["fcfs"], "auto")
-    assert planner.together([whole(16, name="a"), whole(2000, name="b")], 4096) == 2
+    assert planner.together([whole(16, name="a"), whole(2000, name="b")], 4096) == (2, 4096)
 
 
 def test_room_to_decode_comes_from_open_streams_first() -> None:
