@@ -130,14 +130,15 @@ class Batches:
         formed = Formed()
         passes: list[tuple[Key, Stream, int]] = []
         later: list[Request] = []
+        tokens = self._limits.batch_tokens
         if self._table.live:
             self._place()
             full = self._full_views()
             decision = self._decide(full)
             self._apply(decision, formed)
             passes = self._passes(decision)
-            later = self._postpone(full)
-        formed.slices = _Adder(self, self._pool, self._limits.batch_tokens).fill(passes)
+            later, tokens = self._postpone(full)
+        formed.slices = _Adder(self, self._pool, tokens).fill(passes)
         self.queue += later
         for part in formed.slices:
             self._pool.allocate(part.end - part.start)
@@ -263,17 +264,23 @@ class Batches:
             passes.append((key, stream, chosen.tokens))
         return passes
 
-    def _postpone(self, full: list[View]) -> list[Request]:
-        """Takes full requests that are not to share the next iteration out of the queue."""
+    def _postpone(self, full: list[View]) -> tuple[list[Request], int]:
+        """Takes full requests that are not to share the next iteration out of the queue; and the
+        tokens of that iteration."""
+        usual = self._limits.batch_tokens
         if len(self._table.live) == self._table.open_count:
-            return []  # nobody is sealed
-        together = self.planner.together(full, self._limits.batch_tokens)
-        if together == len(full):
-            return []
+            return [], usual  # nobody is sealed
+        together, tokens = self.planner.together(full, usual)
+        if tokens > usual:
+            tokens += together * (
+                self._pool.page - 1
+            )  # each request's part is counted in whole pages
+        elif together == len(full):
+            return [], usual
         kept = together - (self.chunked is not None)
         later = self.queue[kept:]
         del self.queue[kept:]
-        return later
+        return later, tokens
 
 
 class _Adder:

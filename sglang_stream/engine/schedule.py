@@ -346,9 +346,8 @@ class Scheduling:
         together, tokens = self._planner.together(full, usual)
         stretched = None
         if tokens > usual and scheduler.chunked_prefill_size is not None:
-            # SGLang counts each request's part in whole pages.
-            stretched = tokens + together * self._page
-        if together == len(full) and stretched is None:
+            stretched = tokens + together * (self._page - 1)  # each part is counted in whole pages
+        elif together == len(full):
             return [], None
         kept = together - (scheduler.chunked_req is not None)
         later: list[Req] = scheduler.waiting_queue[kept:]
