@@ -111,14 +111,15 @@ class EngineSide:
         self.scheduling = Scheduling(self.scheduler, self.table, config, None)
         self.scheduling.learn(COST)
 
-    def decide(self) -> tuple[Decision, list[str]]:
-        """What is planned, and which full requests are left for the next iteration."""
+    def decide(self) -> tuple[Decision, list[str], int]:
+        """What is planned, which full requests are left for the next iteration, and how many
+        tokens this one has."""
         self.scheduling._place(self.scheduler.waiting_queue)
         full = self.scheduling._full_views(self.running)
         decision = self.scheduling._decide(full, self.running)
-        later = self.scheduling._postpone(full)
+        later, stretched = self.scheduling._postpone(full)
         self.scheduler.waiting_queue += later
-        return decision, [request.rid for request in later]
+        return decision, [request.rid for request in later], stretched or BATCH_TOKENS
 
     def compute(self, decision: Decision, slices: list[Slice]) -> None:
         """Does what was decided, then what the simulator admits."""
@@ -189,23 +190,23 @@ class SimulatorSide:
         self.table = StreamTable(kv)
         limits = Limits(BATCH_TOKENS, 2048, PASS_MS / 1000, engine.preemption)
         self.batches = Batches(self.pool, self.table, engine.policy, COST, limits)
-        self.decision, self.later = Decision(), list[str]()
+        self.decision, self.later, self.tokens = Decision(), list[str](), BATCH_TOKENS
         decide, postpone = self.batches._decide, self.batches._postpone
 
         def decided(full: list[View]) -> Decision:
             self.decision = decide(full)
             return self.decision
 
-        def postponed(full: list[View]) -> list[Request]:
-            later = postpone(full)
+        def postponed(full: list[View]) -> tuple[list[Request], int]:
+            later, self.tokens = postpone(full)
             self.later = [request.id for request in later]
-            return later
+            return later, self.tokens
 
         self.batches._decide = decided  # type: ignore[method-assign]
         self.batches._postpone = postponed  # type: ignore[method-assign]
 
     def form(self) -> list[Slice]:
-        self.decision, self.later = Decision(), []
+        self.decision, self.later, self.tokens = Decision(), [], BATCH_TOKENS
         return self.batches.form().slices
 
     def end(self, slices: list[Slice]) -> None:
@@ -303,10 +304,10 @@ class Both:
         self.engine.table.now = self.simulator.table.now = now
         for _ in range(self._rng.randint(0, 4)):
             self.random_event()
-        decision, later = self.engine.decide()
+        decision, later, tokens = self.engine.decide()
         slices = self.simulator.form()
         assert self.simulator.decision == decision
-        assert self.simulator.later == later
+        assert (self.simulator.later, self.simulator.tokens) == (later, tokens)
         self.engine.compute(decision, slices)
         self.simulator.end(slices)
         self.check()
