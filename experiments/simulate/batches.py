@@ -272,9 +272,7 @@ class Batches:
             return [], usual  # nobody is sealed
         together, tokens = self.planner.together(full, usual)
         if tokens > usual:
-            tokens += together * (
-                self._pool.page - 1
-            )  # each request's part is counted in whole pages
+            tokens += together * (self._pool.page - 1)  # each part is counted in whole pages
         elif together == len(full):
             return [], usual
         kept = together - (self.chunked is not None)
