@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,16 +19,10 @@ import httpx
 
 from sglang_stream.config import ENGINE_VARIABLE
 from sglang_stream.errors import WorkerUnavailable
+from sglang_stream.ports import choose_port
 
 _POLL_S = 0.25
 _STOP_S = 60.0
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody uses now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def default_model() -> str:
@@ -96,7 +89,7 @@ def running_sglang_router(
     Raises as `running_server` does.
     """
     command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
-    flags = ["--host", "127.0.0.1", "--prometheus-port", str(free_port())]
+    flags = ["--host", "127.0.0.1", "--prometheus-port", str(choose_port())]
     for worker in workers:
         if worker.bootstrap_port is None:
             flags += ["--decode", worker.url]
@@ -115,7 +108,7 @@ def _running(
     waiting: Callable[[float], None],
 ) -> Iterator[str]:
     """Runs a server on a free port, in a process group of its own, until it is left."""
-    port = free_port()
+    port = choose_port()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as output, _leaving_on_sigterm():
         process = subprocess.Popen(

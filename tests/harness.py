@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,14 +24,9 @@ from sglang_stream.config import ENGINE_VARIABLE, EngineConfig
 from sglang_stream.engine.cpu.tiny_model import default_tiny_model
 from sglang_stream.errors import StreamError, StreamNotFound, StreamSealed, from_fields
 from sglang_stream.policy.types import Invalidation, PolicyName, Preemption
+from sglang_stream.ports import choose_port
 
 START_TIMEOUT_S = 180
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def wait_until(condition: Any, timeout_s: float, what: str, step_s: float = 0.02) -> Any:
@@ -243,7 +237,7 @@ def running_worker(
     log: Path, *flags: str, config: EngineConfig | None = None, streams: bool = True, **env: str
 ) -> Iterator[Worker]:
     """A worker on a free port, float32 so that its tokens can be compared exactly."""
-    port = free_port()
+    port = choose_port()
     command = [
         *(sys.executable, "-m", "sglang.launch_server"),
         *("--model-path", str(default_tiny_model()), "--port", str(port)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 
@@ -34,6 +35,7 @@ from sglang_stream.policy import POLICIES
 _APART = ("--decode-workers", "1")
 # The worker looks for chunks between two passes: short ones, or it is what limits their number.
 _SHORT_PASSES = ("--stream-pass-tokens", "32")
+_TRAFFIC_PAIRS = 4  # of servers, one with stream support and one without
 
 Add = Callable[[Row], None]
 
@@ -177,23 +179,24 @@ def _measure_chat(settings: Settings, progress: Progress, add: Add) -> None:
 
 
 def _measure_traffic(settings: Settings, progress: Progress, add: Add) -> None:
-    step = progress.add_task("starting two servers", total=None)
+    rounds = range(1, settings.rounds + 1)
+    of_pairs = [rounds[i::_TRAFFIC_PAIRS] for i in range(min(_TRAFFIC_PAIRS, settings.rounds))]
+    total = 2 * (settings.rounds + len(of_pairs))
+    step = progress.add_task("ordinary traffic", total=total)
     flags = ["--sleep-on-idle", *settings.flags]
-    with (
-        running_sglang(settings.model_path, flags, streams=False) as plain,
-        running_sglang(settings.model_path, flags, streams=True) as streams,
-    ):
-        progress.reset(step, description="ordinary traffic", total=2 * (settings.rounds + 1))
-        asyncio.run(
-            traffic.measure(
-                {"plain": plain, "streams": streams},
-                settings.rounds,
-                settings.seed,
-                add,
-                lambda: progress.advance(step),
+    kinds: list[traffic.Server] = ["plain", "streams"]
+    for numbers in of_pairs:
+        with ExitStack() as stack:
+            urls = {
+                kind: stack.enter_context(
+                    running_sglang(settings.model_path, flags, streams=kind == "streams")
+                )
+                for kind in kinds
+            }
+            asyncio.run(
+                traffic.measure(urls, numbers, settings.seed, add, lambda: progress.advance(step))
             )
-        )
-        progress.update(step, description="stopping two servers")
+        kinds.reverse()
 
 
 def _measure_pinning(settings: Settings, progress: Progress, add: Add) -> None:

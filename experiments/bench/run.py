@@ -54,7 +54,8 @@ def bench(
         ),
     ] = 100,
     rounds: Annotated[
-        int, typer.Option(min=1, help="traffic: rounds of each server; router: of chunks.")
+        int,
+        typer.Option(min=1, help="traffic: rounds over four pairs of servers; router: of chunks."),
     ] = 10,
     idle_pairs: Annotated[
         int, typer.Option(min=1, help="pinning: times with idle streams, and without.")

@@ -1,7 +1,9 @@
 """Ordinary requests to SGLang with stream support and without: two servers that take turns.
 
 Each round sends the same requests to both, one server after the other, each with an empty cache;
-which one is first changes from round to round. The other server sleeps meanwhile.
+which one is first changes from round to round. The other server sleeps meanwhile. Of two servers
+that are started alike one is often a little faster than the other, for as long as they run:
+several pairs are started, with either kind first.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from statistics import median
 from typing import Any, Literal
@@ -28,18 +30,21 @@ REQUESTS = 16
 CONCURRENCY = 4
 PROMPT_TOKENS = (200, 800)
 ANSWER_TOKENS = 32
+_WARM_UP = 0  # a round before the others
 _TOKEN_IDS = range(300, 4000)
 _TIMEOUT_S = 600.0
 
 
 async def measure(
     urls: Mapping[Server, str],
-    rounds: int,
+    rounds: Iterable[int],
     seed: int,
     add: Callable[[Row], None],
     advance: Callable[[], None],
 ) -> None:
     """Gives one row for each round and server to `add`; `advance` hears of each, warm-ups too.
+
+    `rounds`: the numbers of those that these two servers have.
 
     Raises EngineFailure for a request that was refused or a cache that cannot be emptied.
     """
@@ -51,12 +56,12 @@ async def measure(
             for server, url in urls.items()
         }
         order = list(clients)
-        for number in range(rounds + 1):
+        for number in (_WARM_UP, *rounds):
             prompts = random_prompts(f"{seed}/{number}")
             for server in order:
                 row = {"bench": "traffic", "round": number, "server": server}
                 row |= await _round(clients[server], prompts)
-                if number > 0:  # the first one warms up
+                if number != _WARM_UP:
                     add(row)
                 advance()
             order.reverse()

@@ -98,9 +98,9 @@ def run_serve(
 
       sglang-stream serve --model-path ./model --prefill-workers 2 --decode-workers 1
     """
-    from sglang_stream.cli.ports import choose_port, require_free_port
     from sglang_stream.cli.serve import ServePlan, plan_workers
     from sglang_stream.cli.serve import serve as run
+    from sglang_stream.ports import choose_port, require_free_port
 
     _require("server", "sglang")
     if (prefill_workers or decode_workers) and not _transfers_otherwise(ctx.args):
@@ -205,7 +205,7 @@ def run_router(
     Several routers may share the same workers behind a load balancer.
     """
     from sglang_stream.cli.addresses import worker_addresses
-    from sglang_stream.cli.ports import require_free_port
+    from sglang_stream.ports import require_free_port
 
     workers = worker_addresses(worker, prefill, decode)
     require_free_port(settings.host, settings.port)

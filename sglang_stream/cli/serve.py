@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sglang_stream.cli.addresses import WORKER_FLAGS
-from sglang_stream.cli.ports import choose_port, reachable_url
 from sglang_stream.cli.processes import Service, supervise
 from sglang_stream.cli.worker import gives, worker_command
 from sglang_stream.config import EngineConfig, RouterConfig, WorkerAddress
 from sglang_stream.errors import InvalidRequest
 from sglang_stream.messages import Role
+from sglang_stream.ports import choose_port, reachable_url
 
 # SGLang looks for its SIGTERM every 5 s and then gives its schedulers 15 s to end.
 WORKER_GRACE_S = 30.0

@@ -19,7 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_stream.engine.cpu.tiny_model import default_tiny_model
 from sglang_stream.messages import Role
-from tests.harness import free_port, wait_until
+from sglang_stream.ports import choose_port
+from tests.harness import wait_until
 
 START_TIMEOUT_S = 180
 SECRET = "a secret of the tests"
@@ -110,7 +111,7 @@ class WorkerProcess(Process):
 
 
 def worker_process(role: Role, folder: Path, name: str, *flags: str) -> WorkerProcess:
-    port, bootstrap = free_port(), free_port()
+    port, bootstrap = choose_port(), choose_port()
     command = [
         *(sys.executable, "-m", "sglang_stream.cli", "worker", "--role", role),
         *("--model-path", str(default_tiny_model()), "--port", str(port)),
@@ -138,7 +139,7 @@ def worker_process(role: Role, folder: Path, name: str, *flags: str) -> WorkerPr
 def router_process(
     workers: Sequence[WorkerProcess], folder: Path, name: str, *flags: str
 ) -> Process:
-    port = free_port()
+    port = choose_port()
     command = [
         *(sys.executable, "-m", "sglang_stream.cli", "router", "--port", str(port)),
         *(flag for worker in workers for flag in worker.flags()),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sglang_stream.cli.ports import choose_port
+from sglang_stream.ports import choose_port
 from tests.docker.files import DOCKER
 
 SITE = DOCKER / "nginx" / "sglang-stream.conf"

@@ -19,7 +19,8 @@ import httpx
 import psutil
 
 from sglang_stream.engine.cpu.tiny_model import default_tiny_model
-from tests.harness import free_port, wait_until
+from sglang_stream.ports import choose_port
+from tests.harness import wait_until
 
 CONTEXT = 2048
 MAX_OPEN = 12
@@ -270,7 +271,7 @@ def metric(page: str, name: str) -> float:
 @contextlib.contextmanager
 def running_server(folder: Path) -> Iterator[Server]:
     """`sglang-stream serve` on a free port, float32 so that its tokens can be compared exactly."""
-    port = free_port()
+    port = choose_port()
     log, output = folder / "worker.log", folder / "serve.out"
     command = [
         *(sys.executable, "-m", "sglang_stream.cli", "serve"),

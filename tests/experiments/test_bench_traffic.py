@@ -69,7 +69,7 @@ def servers() -> Iterator[dict[traffic.Server, Server]]:
 def run(servers: dict[traffic.Server, Server], rounds: int) -> list[Row]:
     rows: list[Row] = []
     urls = {name: server.url for name, server in servers.items()}
-    asyncio.run(measure(urls, rounds, 0, rows.append, lambda: None))
+    asyncio.run(measure(urls, range(1, rounds + 1), 0, rows.append, lambda: None))
     return rows
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_stream.cli.ports import choose_port
+from sglang_stream.ports import choose_port
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_stream.cli.ports import choose_port
+from sglang_stream.ports import choose_port
 
 SERVICE = Path(__file__).parent / "fakes" / "service.py"
 

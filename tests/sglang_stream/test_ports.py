@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from sglang_stream.cli.ports import choose_port, reachable_url, require_free_port
 from sglang_stream.errors import InvalidRequest
+from sglang_stream.ports import choose_port, reachable_url, require_free_port
 
 
 def test_a_port_in_use_is_refused_by_the_name_of_its_flag() -> None:
