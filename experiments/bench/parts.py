@@ -35,7 +35,6 @@ from sglang_stream.policy import POLICIES
 _APART = ("--decode-workers", "1")
 # The worker looks for chunks between two passes: short ones, or it is what limits their number.
 _SHORT_PASSES = ("--stream-pass-tokens", "32")
-_TRAFFIC_PAIRS = 4  # of servers, one with stream support and one without
 
 Add = Callable[[Row], None]
 
@@ -179,13 +178,11 @@ def _measure_chat(settings: Settings, progress: Progress, add: Add) -> None:
 
 
 def _measure_traffic(settings: Settings, progress: Progress, add: Add) -> None:
-    rounds = range(1, settings.rounds + 1)
-    of_pairs = [rounds[i::_TRAFFIC_PAIRS] for i in range(min(_TRAFFIC_PAIRS, settings.rounds))]
-    total = 2 * (settings.rounds + len(of_pairs))
+    total = traffic.PAIRS * traffic.waves_of(settings.rounds)
     step = progress.add_task("ordinary traffic", total=total)
     flags = ["--sleep-on-idle", *settings.flags]
     kinds: list[traffic.Server] = ["plain", "streams"]
-    for numbers in of_pairs:
+    for pair in range(traffic.PAIRS):
         with ExitStack() as stack:
             urls = {
                 kind: stack.enter_context(
@@ -194,7 +191,9 @@ def _measure_traffic(settings: Settings, progress: Progress, add: Add) -> None:
                 for kind in kinds
             }
             asyncio.run(
-                traffic.measure(urls, numbers, settings.seed, add, lambda: progress.advance(step))
+                traffic.measure(
+                    urls, pair, settings.rounds, settings.seed, add, lambda: progress.advance(step)
+                )
             )
         kinds.reverse()
 

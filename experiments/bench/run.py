@@ -55,7 +55,7 @@ def bench(
     ] = 100,
     rounds: Annotated[
         int,
-        typer.Option(min=1, help="traffic: rounds over four pairs of servers; router: of chunks."),
+        typer.Option(min=1, help="traffic: rounds with each pair of servers; router: of chunks."),
     ] = 10,
     idle_pairs: Annotated[
         int, typer.Option(min=1, help="pinning: times with idle streams, and without.")

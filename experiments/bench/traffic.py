@@ -1,9 +1,11 @@
 """Ordinary requests to SGLang with stream support and without: two servers that take turns.
 
-Each round sends the same requests to both, one server after the other, each with an empty cache;
-which one is first changes from round to round. The other server sleeps meanwhile. Of two servers
-that are started alike one is often a little faster than the other, for as long as they run:
-several pairs are started, with either kind first.
+A round has several waves, each of a few requests at once. Both servers get the same waves, one
+server after the other, and which one is first changes from wave to wave: a pair is over before the
+machine has become much faster or slower. The other server sleeps meanwhile. Nothing is cached.
+
+A server keeps the luck of its start: two that were started alike differ by some per cent for as
+long as they run. So there are several pairs, with either kind started first.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from itertools import islice
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import httpx
 from rich.table import Table
@@ -26,25 +29,26 @@ from sglang_stream.errors import EngineFailure
 Server = Literal["plain", "streams"]
 
 GOAL = 0.98
-REQUESTS = 16
-CONCURRENCY = 4
+PAIRS = 4  # of servers
+WAVES = 4  # of a round
+AT_ONCE = 4
 PROMPT_TOKENS = (200, 800)
 ANSWER_TOKENS = 32
-_WARM_UP = 0  # a round before the others
 _TOKEN_IDS = range(300, 4000)
 _TIMEOUT_S = 600.0
 
 
 async def measure(
     urls: Mapping[Server, str],
-    rounds: Iterable[int],
+    pair: int,
+    rounds: int,
     seed: int,
     add: Callable[[Row], None],
     advance: Callable[[], None],
 ) -> None:
-    """Gives one row for each round and server to `add`; `advance` hears of each, warm-ups too.
+    """Gives one row for each wave and server to `add`; `advance` hears of each, warm-ups too.
 
-    `rounds`: the numbers of those that these two servers have.
+    `pair`: the number of these two servers.
 
     Raises EngineFailure for a request that was refused or a cache that cannot be emptied.
     """
@@ -56,36 +60,42 @@ async def measure(
             for server, url in urls.items()
         }
         order = list(clients)
-        for number in (_WARM_UP, *rounds):
-            prompts = random_prompts(f"{seed}/{number}")
-            for server in order:
-                row = {"bench": "traffic", "round": number, "server": server}
-                row |= await _round(clients[server], prompts)
-                if number != _WARM_UP:
-                    add(row)
-                advance()
-            order.reverse()
+        for number in range(rounds + 1):
+            for client in clients.values():
+                await _flush(client)
+            for wave, prompts in enumerate(random_prompts(f"{seed}/{pair}/{number}")):
+                for server in order:
+                    row = await _wave(clients[server], prompts)
+                    if number > 0:  # the first round warms up
+                        where = {"pair": pair, "round": number, "wave": wave, "server": server}
+                        add({"bench": "traffic", **where, **row})
+                    advance()
+                order.reverse()
 
 
-def random_prompts(seed: object) -> list[list[int]]:
-    """The prompts of one round, of different lengths; no two share their first token."""
+def waves_of(rounds: int) -> int:
+    """How often `measure` calls `advance`."""
+    return len(get_args(Server)) * WAVES * (rounds + 1)
+
+
+def random_prompts(seed: object) -> list[list[list[int]]]:
+    """The prompts of each wave of a round, of different lengths; no two of the round share their
+    first token."""
     rng = random.Random(f"traffic/{seed}")
-    firsts = rng.sample(_TOKEN_IDS, REQUESTS)
-    return [[t, *rng.choices(_TOKEN_IDS, k=rng.randint(*PROMPT_TOKENS) - 1)] for t in firsts]
+    firsts = iter(rng.sample(_TOKEN_IDS, WAVES * AT_ONCE))
+    return [
+        [
+            [first, *rng.choices(_TOKEN_IDS, k=rng.randint(*PROMPT_TOKENS) - 1)]
+            for first in islice(firsts, AT_ONCE)
+        ]
+        for _ in range(WAVES)
+    ]
 
 
-async def _round(client: httpx.AsyncClient, prompts: Sequence[list[int]]) -> Row:
-    """Sends all prompts, `CONCURRENCY` at a time; tokens a second are those of both directions."""
-    await _flush(client)
-    queue = iter(enumerate(prompts))
-    answers: list[list[int]] = [[] for _ in prompts]
-
-    async def work() -> None:
-        for i, prompt in queue:
-            answers[i] = await _generate(client, prompt)
-
+async def _wave(client: httpx.AsyncClient, prompts: Sequence[list[int]]) -> Row:
+    """Sends all prompts at once; tokens a second are those of both directions."""
     began = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
+    answers = await asyncio.gather(*(_generate(client, prompt) for prompt in prompts))
     seconds = time.perf_counter() - began
     tokens = sum(map(len, prompts)) + sum(map(len, answers))
     return {"seconds": seconds, "tokens_per_s": tokens / seconds, "tokens": answers}
@@ -110,17 +120,12 @@ async def _flush(client: httpx.AsyncClient) -> None:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Throughput of both, and how much of it remains with stream support."""
-    by_server = {
-        server: [row for row in rows if row["server"] == server] for server in ("plain", "streams")
-    }
-    speeds = {server: [row["tokens_per_s"] for row in of] for server, of in by_server.items()}
-    ratio = median_ratio(speeds["streams"], speeds["plain"])
-    pairs = zip(by_server["streams"], by_server["plain"], strict=True)
-    same = sum(a["tokens"] == b["tokens"] for a, b in pairs)
+    """Throughput of both, and how much of it remains with stream support: of each pair of servers
+    and of all, which the goal is for."""
     shown = Table(title="Ordinary traffic, no stream open: tokens a second, median (lowest)")
     for heading in (
-        "rounds",
+        "servers",
+        "waves",
         "plain SGLang",
         "with stream support",
         "median ratio (95 % interval)",
@@ -128,12 +133,25 @@ def table(rows: Sequence[Row]) -> Table:
         "same tokens",
     ):
         shown.add_column(heading, justify="right")
-    rounds = len(by_server["plain"])
-    shown.add_row(
-        str(rounds),
-        *(f"{median(of):,.0f} ({min(of):,.0f})" for of in speeds.values()),
-        f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
-        verdict(ratio.value >= GOAL),
-        "yes" if same == rounds else f"in {same} of {rounds} rounds",
-    )
+    for pair in sorted({row["pair"] for row in rows}):
+        cells, _ = _compared([row for row in rows if row["pair"] == pair])
+        shown.add_row(str(pair + 1), *cells[:-1], "", cells[-1])
+    cells, ratio = _compared(rows)
+    shown.add_section()
+    shown.add_row("all", *cells[:-1], verdict(ratio >= GOAL), cells[-1])
     return shown
+
+
+def _compared(rows: Sequence[Row]) -> tuple[list[str], float]:
+    """The cells of some waves, and the ratio."""
+    plain, streams = ([r for r in rows if r["server"] == server] for server in get_args(Server))
+    speeds = [[row["tokens_per_s"] for row in of] for of in (plain, streams)]
+    ratio = median_ratio(speeds[1], speeds[0])
+    same = sum(a["tokens"] == b["tokens"] for a, b in zip(streams, plain, strict=True))
+    cells = [
+        str(len(plain)),
+        *(f"{median(of):,.0f} ({min(of):,.0f})" for of in speeds),
+        f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
+        "yes" if same == len(plain) else f"in {same} of {len(plain)} waves",
+    ]
+    return cells, ratio.value

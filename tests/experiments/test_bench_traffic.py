@@ -69,14 +69,18 @@ def servers() -> Iterator[dict[traffic.Server, Server]]:
 def run(servers: dict[traffic.Server, Server], rounds: int) -> list[Row]:
     rows: list[Row] = []
     urls = {name: server.url for name, server in servers.items()}
-    asyncio.run(measure(urls, range(1, rounds + 1), 0, rows.append, lambda: None))
+    advanced: list[None] = []
+    asyncio.run(measure(urls, 1, rounds, 0, rows.append, lambda: advanced.append(None)))
+    assert len(advanced) == traffic.waves_of(rounds)
     return rows
 
 
 def row(server: str, number: int, speed: float, tokens: Sequence[int] = (1, 2)) -> Row:
     return {
         "bench": "traffic",
-        "round": number,
+        "pair": number % 2,
+        "round": 1,
+        "wave": number,
         "server": server,
         "tokens_per_s": speed,
         "tokens": [list(tokens)],
@@ -90,30 +94,32 @@ def last_line(rows: Sequence[Row]) -> str:
 
 
 def test_prompts_of_a_round() -> None:
-    prompts = random_prompts("0/1")
-    assert prompts == random_prompts("0/1") != random_prompts("0/2")
-    assert len({prompt[0] for prompt in prompts}) == len(prompts) == traffic.REQUESTS
+    waves = random_prompts("0/1")
+    assert waves == random_prompts("0/1") != random_prompts("0/2")
+    assert [len(wave) for wave in waves] == [traffic.AT_ONCE] * traffic.WAVES
+    prompts = [prompt for wave in waves for prompt in wave]
+    assert len({prompt[0] for prompt in prompts}) == len(prompts)
     assert all(200 <= len(prompt) <= 800 for prompt in prompts)
 
 
-def test_servers_get_the_same_requests_after_a_flush(servers: dict[traffic.Server, Server]) -> None:
+def test_servers_get_the_same_waves_after_a_flush(servers: dict[traffic.Server, Server]) -> None:
     rows = run(servers, rounds=2)
-    # The warm-up is not counted, and who comes first changes.
-    assert [(r["round"], r["server"]) for r in rows] == [
-        (1, "streams"),
-        (1, "plain"),
-        (2, "plain"),
-        (2, "streams"),
+    # The first round is not counted, and who comes first changes.
+    assert [(r["pair"], r["round"], r["wave"], r["server"]) for r in rows] == [
+        (1, number, wave, server)
+        for number in (1, 2)
+        for wave in range(traffic.WAVES)
+        for server in (("plain", "streams"), ("streams", "plain"))[wave % 2]
     ]
     for server in servers.values():
-        one_round = ["/flush_cache", *["/generate"] * traffic.REQUESTS]
+        one_round = ["/flush_cache", *["/generate"] * traffic.WAVES * traffic.AT_ONCE]
         assert server.paths == one_round * 3
     plain, streams = (server.prompts for server in servers.values())
     assert sorted(plain) == sorted(streams)
     assert rows[0]["tokens"] == rows[1]["tokens"] != rows[2]["tokens"]
-    expected = [prompt[:-33:-1] for prompt in random_prompts("0/1")]
+    expected = [prompt[:-33:-1] for prompt in random_prompts("0/1/1")[0]]
     assert rows[0]["tokens"] == expected
-    assert all(r["tokens_per_s"] * r["seconds"] > traffic.REQUESTS * 232 for r in rows)
+    assert all(r["tokens_per_s"] * r["seconds"] > traffic.AT_ONCE * 232 for r in rows)
 
 
 def test_a_cache_that_is_not_empty_is_an_error(servers: dict[traffic.Server, Server]) -> None:
@@ -125,14 +131,14 @@ def test_a_cache_that_is_not_empty_is_an_error(servers: dict[traffic.Server, Ser
         run(servers, rounds=1)
 
 
-def test_table_pairs_the_rounds() -> None:
-    """A round in which the machine was slow for both does not count against either."""
+def test_table_pairs_the_waves() -> None:
+    """A wave in which the machine was slow for both does not count against either."""
     rows = [
         *(row("plain", n, speed) for n, speed in enumerate((1000, 500, 1000), 1)),
         *(row("streams", n, speed) for n, speed in enumerate((990, 495, 990), 1)),
     ]
-    # Rows come in the order of measuring, which changes from round to round.
-    rows.sort(key=lambda r: (r["round"], r["server"] if r["round"] % 2 else r["server"][::-1]))
+    # Rows come in the order of measuring, which changes from wave to wave.
+    rows.sort(key=lambda r: (r["wave"], r["server"] if r["wave"] % 2 else r["server"][::-1]))
     line = last_line(rows)
     assert "0.990 (0.990 to 0.990)" in line
     assert "met" in line
