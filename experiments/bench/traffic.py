@@ -1,8 +1,8 @@
 """Ordinary requests to SGLang with stream support and without: two servers that take turns.
 
 A round has several waves, each of a few requests at once. Both servers get the same waves, one
-server after the other, and which one is first changes from wave to wave: a pair is over before the
-machine has become much faster or slower. The other server sleeps meanwhile. Nothing is cached.
+server after the other, and which one is first changes from wave to wave: both are done before
+the machine has become much faster or slower. The other server sleeps meanwhile. Nothing is cached.
 
 A server keeps the luck of its start: two that were started alike differ by some per cent for as
 long as they run. So there are several pairs, with either kind started first.
