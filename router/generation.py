@@ -126,20 +126,27 @@ class Generation:
             await self._changed.wait()
 
     async def _run(self, events: AsyncIterator[WorkerEvent]) -> None:
+        # No task of its own for the time-out: who is stopped must not take one more event first.
+        timer = asyncio.get_running_loop().call_later(self._timeout_s, self._time_out)
         try:
-            await asyncio.wait_for(self._read(events), self._timeout_s)
+            await self._read(events)
             if self.outcome is None:
                 raise EngineFailure("the worker ended the answer without a reason")
-        except asyncio.TimeoutError:
+        except StreamError as e:
+            # After the outcome a lost connection changes nothing any more.
+            if not self.ended:
+                self.error = e
+        finally:
+            timer.cancel()
+            self._publish()
+
+    def _time_out(self) -> None:
+        if self.outcome is None:
             self.error = WorkerUnavailable(
                 f"the answer took longer than --request-timeout-secs ({self._timeout_s:g} s)"
             )
-        except StreamError as e:
-            # After the outcome a lost connection changes nothing any more.
-            if self.outcome is None:
-                self.error = e
-        finally:
-            self._publish()
+        if self._task is not None:
+            self._task.cancel()
 
     async def _read(self, events: AsyncIterator[WorkerEvent]) -> None:
         ttft_s: float | None = None

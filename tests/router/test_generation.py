@@ -61,6 +61,7 @@ class Script:
     queue: asyncio.Queue[WorkerEvent | StreamError | None] = field(default_factory=asyncio.Queue)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
+    taken: int = 0
 
     def generation(self, grace_s: float = 60.0) -> Generation:
         async def first_token(_: float) -> Usage:
@@ -82,6 +83,7 @@ class Script:
             while (item := await self.queue.get()) is not None:
                 if isinstance(item, StreamError):
                     raise item
+                self.taken += 1
                 yield item
         finally:
             self.closed.set()
@@ -168,6 +170,21 @@ def test_stop_reaches_readers_and_the_worker() -> None:
         with pytest.raises(StreamNotFound, match="deleted"):
             await reading
         await script.closed.wait()
+
+    run(test)
+
+
+def test_an_event_that_comes_together_with_the_stop_is_not_taken() -> None:
+    """Or it would say of a stream that was just given up that it is being answered."""
+
+    async def test(script: Script) -> None:
+        generation = script.generation()
+        script.send(event("a"))
+        await generation.started()
+        script.send(event("b"))
+        generation.stop(StreamNotFound("deleted"))
+        await script.closed.wait()
+        assert script.taken == 1
 
     run(test)
 
