@@ -233,14 +233,14 @@ class Batches:
     def _budget(self) -> Budget:
         """What passes may take of the next iteration."""
         if self._turns.decodes and self.running:
-            return Budget(0, 0.0)
+            return Budget(0, 0.0, decoding=True)
         seconds = self._limits.pass_s
         if seconds is None:
             seconds = self.pace.iteration_s(self._cost.prefill.base_s)
         due_s = self._table.next_due_s()
         if due_s is not None:
             seconds = min(seconds, max(seconds / _SHORTEST, due_s - self._table.now))
-        return Budget(self._limits.pass_tokens, seconds)
+        return Budget(self._limits.pass_tokens, seconds, decoding=bool(self.running))
 
     # --- apply --------------------------------------------------------------------------------
 
@@ -251,17 +251,26 @@ class Batches:
         formed.restored = [moved for moved in restored if moved.copied]
 
     def _passes(self, decision: Decision) -> list[tuple[Key, Stream, int]]:
-        """The planned passes: key, stream, tokens at most."""
-        kv = self._table.kv
+        """The planned passes: key, stream, tokens at most. A stream that has lost its KV holds what
+        is still cached, which counts as if it were computed."""
+        kv, pool, spare = self._table.kv, self._pool, decision.spare
         passes: list[tuple[Key, Stream, int]] = []
         for chosen in decision.passes:
             stream = self._table.live[chosen.id]
+            room = chosen.tokens + spare
             if stream.hold is None:
+                before = pool.available
                 kv.hold(stream)
-                if stream.held >= stream.cacheable(self._pool.page):
+                room -= before - pool.available
+                if room < 0:
+                    kv.let_go(stream)
                     continue
-            key = kv.policy(stream.view(self._pool.page, kv.prefill))
-            passes.append((key, stream, chosen.tokens))
+            tokens = min(chosen.tokens, room, stream.cacheable(pool.page) - stream.held)
+            tokens -= tokens % pool.page
+            spare = room - max(0, tokens)
+            if tokens >= pool.page:
+                key = kv.policy(stream.view(pool.page, kv.prefill))
+                passes.append((key, stream, tokens))
         return passes
 
     def _postpone(self, full: list[View]) -> tuple[list[Request], int]:

@@ -71,6 +71,7 @@ class Stream:
     latest: int = 0
     since_s: float = 0.0
     due_s: float = 0.0
+    stays: float = 1.0
     last_chunk_s: float = 0.0
     gaps_s: float = 0.0
     usage: Usage = field(default_factory=Usage)
@@ -102,6 +103,7 @@ class Stream:
             self.since_s,
             prefill.work_s(tokens - ready, ready) if tokens > ready else 0.0,
             self.due_s,
+            tokens - int(self.stays * tokens),
         )
 
 
@@ -179,6 +181,11 @@ class Holdings:
         self.held_tokens -= stream.held
         stream.hold = self.pool.take(stream.root, stream.prompt, stream.hold)
         self.held_tokens += stream.held
+        self.rank(stream)
+
+    def let_go(self, stream: Stream) -> None:
+        """Unlocks a stream's KV."""
+        self._release(stream)
         self.rank(stream)
 
     def started(self, stream: Stream) -> None:

@@ -11,7 +11,7 @@ from experiments.simulate.holdings import Holdings, Stream
 from experiments.simulate.pool import Node, Prompt
 from experiments.workload.shapes import common_tokens
 from sglang_stream.messages import Mode
-from sglang_stream.policy import SealPredictor
+from sglang_stream.policy import SealPredictor, Survival
 
 
 class StreamTable:
@@ -24,6 +24,7 @@ class StreamTable:
         self.open_count = 0
         self._arrivals = 0
         self._predictor = SealPredictor()
+        self._survival = Survival()
         self._dues: list[tuple[float, str]] = []
 
     def arrive(self) -> int:
@@ -79,6 +80,8 @@ class StreamTable:
         """Replaces the context."""
         prompt = stream.opening + documents
         lcp = common_tokens(stream.prompt, prompt)
+        if stream.usage.updates:
+            self._survival.updated(lcp, stream.tokens)
         was_ready = self.kv.is_ready(stream)
         stream.usage.updates += 1
         stream.usage.lcp_tokens += lcp
@@ -132,6 +135,8 @@ class StreamTable:
         chunks = stream.usage.chunks + stream.usage.updates
         stream.due_s = self._predictor.due_s(chunks, stream.last_chunk_s, stream.gaps_s)
         heappush(self._dues, (stream.due_s, stream.id))
+        if stream.mode == "update":
+            stream.stays = self._survival.part(self._predictor.to_come(chunks))
 
 
 def tokens_of(prompt: Prompt) -> int:

@@ -96,6 +96,11 @@ class Holdings:
         self.rank(stream)
         return stream.hold.found if stream.hold is not None else 0
 
+    def let_go(self, stream: Stream) -> None:
+        """Unlocks a stream's KV, which stays cached until it is evicted."""
+        self._release(stream)
+        self.rank(stream)
+
     def started(self, stream: Stream) -> None:
         """One of its passes is in the forward now."""
         stream.in_flight = True
@@ -167,7 +172,6 @@ class Holdings:
         stream.saved = length
 
     def _release(self, stream: Stream) -> None:
-        """Unlocks a stream's KV, which stays cached until it is evicted."""
         self.held_tokens -= stream.held
         self._cache.release(stream.hold)
         stream.hold = None

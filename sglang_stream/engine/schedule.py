@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -206,7 +207,7 @@ class Scheduling:
         decision = self._planner.plan(
             full, table.kv.order.views, self._pool_view(running_batch), self._budget(running_batch)
         )
-        if any(decision):
+        if decision.victims or decision.restores or decision.passes:
             self._decisions += 1
             self._digest.update(repr(decision).encode())
         return decision
@@ -237,7 +238,7 @@ class Scheduling:
     def _budget(self, running_batch: ScheduleBatch) -> Budget:
         """What passes may take of the next iteration."""
         if self._turns.decodes and not running_batch.is_empty():
-            return Budget(0, 0.0)
+            return Budget(0, 0.0, decoding=True)
         tokens = self._config.pass_tokens
         if self._planner.cost is None:
             tokens = min(tokens, _UNMEASURED_TOKENS)
@@ -245,7 +246,7 @@ class Scheduling:
         due_s = self._table.next_due_s()
         if due_s is not None:
             seconds = min(seconds, max(seconds / _SHORTEST, due_s - self._table.now))
-        return Budget(tokens, seconds)
+        return Budget(tokens, seconds, decoding=not running_batch.is_empty())
 
     def _pass_s(self) -> float:
         """How long an iteration with passes may take."""
@@ -293,19 +294,34 @@ class Scheduling:
                 self._learner.swap_outs.append((copied, time.perf_counter() - started))
 
     def _build_passes(self, decision: Decision) -> list[Req]:
-        table = self._table
+        kv = self._table.kv
         passes: list[Req] = []
-        for chosen in decision.passes:
-            stream = table.live[chosen.id]
-            if stream.hold is None:
-                table.kv.hold(stream)
-                if stream.held >= stream.cacheable(self._page):
-                    continue
+        for stream, tokens in self._fitting(decision):
             self._passes_built += 1
-            request = build_pass(self._scheduler, stream, chosen.tokens, self._passes_built)
-            request.stream_key = table.kv.policy(stream.view(self._page, table.kv.prefill))
+            request = build_pass(self._scheduler, stream, tokens, self._passes_built)
+            request.stream_key = kv.policy(stream.view(self._page, kv.prefill))
             passes.append(request)
         return passes
+
+    def _fitting(self, decision: Decision) -> Iterator[tuple[Stream, int]]:
+        """The planned passes and their tokens at most. A stream that has lost its KV holds what is
+        still in the tree, which counts as if it were computed: nobody else may take it then."""
+        table, spare = self._table, decision.spare
+        for chosen in decision.passes:
+            stream = table.live[chosen.id]
+            room = chosen.tokens + spare
+            if stream.hold is None:
+                before = self._free_and_evictable()
+                table.kv.hold(stream)
+                room -= before - self._free_and_evictable()
+                if room < 0:
+                    table.kv.let_go(stream)
+                    continue
+            tokens = min(chosen.tokens, room, stream.cacheable(self._page) - stream.held)
+            tokens -= tokens % self._page
+            spare = room - max(0, tokens)
+            if tokens >= self._page:
+                yield stream, tokens
 
     # --- form ---------------------------------------------------------------------------------
 

@@ -37,7 +37,8 @@ class Stream:
     length after each chunk of an append stream, after the latest update of another. `in_flight`:
     a pass of it is in the forward now; `preempted`: its KV was taken and no chunk came since;
     `saved`: the prefix that a copy in host memory ends; `reach`: the prefix that has been computed
-    once. `latest`, `since_s`, `due_s`: see `policy.View`; `last_chunk_s`, `gaps_s`: when the last
+    once. `latest`, `since_s`, `due_s`: see `policy.View`; `stays`: the part of the prompt that
+    is not `unsure`; `last_chunk_s`, `gaps_s`: when the last
     chunk came, and the time between all of them. `rid`, `request`: SGLang's request once it is
     sealed; `aborted`: it was told to end."""
 
@@ -60,6 +61,7 @@ class Stream:
     latest: int = 0
     since_s: float = 0.0
     due_s: float = 0.0
+    stays: float = 1.0
     last_chunk_s: float = 0.0
     gaps_s: float = 0.0
     rid: str | None = None
@@ -96,4 +98,5 @@ class Stream:
             self.since_s,
             prefill.work_s(tokens - ready, ready) if tokens > ready else 0.0,
             self.due_s,
+            tokens - int(self.stays * tokens),
         )

@@ -25,7 +25,7 @@ from sglang_stream.errors import (
     StreamNotFound,
     StreamSealed,
 )
-from sglang_stream.policy import SealPredictor
+from sglang_stream.policy import SealPredictor, Survival
 from sglang_stream.policy.types import Invalidation, PolicyName
 from sglang_stream.session import Session, Verdict
 
@@ -59,6 +59,7 @@ class StreamTable:
         self._metrics = metrics
         self._arrivals = 0
         self._predictor = SealPredictor()
+        self._survival = Survival()
         self.kv = Holdings(cache, metrics, policy, invalidation, host or HostMemory(0), page_size)
         self.now = 0.0
         self.live: dict[str, Stream] = {}
@@ -190,6 +191,8 @@ class StreamTable:
         if verdict is Verdict.APPLY:
             tokens = stream.opening + self._unpack(event.tokens, before=len(stream.opening))
             lcp = common_prefix(stream.tokens, tokens)
+            if stream.usage.updates:
+                self._survival.updated(lcp, len(stream.tokens))
             stream.ends = {event.seq: len(tokens)}
             stream.memo = stream.memo if event.memo is None else event.memo
             stream.session.record(event.seq, event.digest)
@@ -304,6 +307,8 @@ class StreamTable:
         chunks = stream.usage.chunks + stream.usage.updates
         stream.due_s = self._predictor.due_s(chunks, stream.last_chunk_s, stream.gaps_s)
         heappush(self._dues, (stream.due_s, stream.session.stream_id))
+        if stream.session.mode == "update":
+            stream.stays = self._survival.part(self._predictor.to_come(chunks))
 
     def _invalidated(self, stream: Stream, tokens: int) -> None:
         stream.usage.invalidated_tokens += tokens

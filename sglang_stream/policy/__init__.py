@@ -6,6 +6,7 @@ from sglang_stream.policy.pace import Pace, Turns
 from sglang_stream.policy.planner import Planner
 from sglang_stream.policy.policies import POLICIES, Policy
 from sglang_stream.policy.predict import SealPredictor
+from sglang_stream.policy.survival import Survival
 from sglang_stream.policy.types import (
     Budget,
     Decision,
@@ -36,6 +37,7 @@ __all__ = [
     "Preemption",
     "Prefill",
     "SealPredictor",
+    "Survival",
     "Turns",
     "Victim",
     "View",

@@ -9,6 +9,9 @@ In memory, full requests come before open streams under every policy: the rank d
 computed first, never whether an open stream may keep a full request out. A *parked* stream, which
 has lost its KV and to which nothing has come since, takes KV that nobody holds, but no other
 stream's: two streams that do not fit together would take each other's KV for ever.
+
+What updates are likely to replace (`View.unsure`) is computed while nothing else is to do and every
+stream has its KV, in KV that nobody holds.
 """
 
 from __future__ import annotations
@@ -67,7 +70,11 @@ class Planner:
             victims = self._for_full(full, ranked, need - pool.available, pool)
             first = tuple(view.id for view in full[:1] if view.restore)
             return Decision(tuple(victims), first)
-        return self._passes(full, ranked, pool, budget, pool.spare - need)
+        spare = pool.spare - need
+        decision = self._passes(full, ranked, pool, budget, spare)
+        if decision.passes or full or budget.decoding or any(view.parked for view in ranked):
+            return decision
+        return self._passes(full, ranked, pool, budget, spare, unsure=True)
 
     def together(self, full: Sequence[View], tokens: int) -> tuple[int, int]:
         """How many of the waiting `full` requests, from the first, share the next iteration, and
@@ -125,6 +132,8 @@ class Planner:
         pool: PoolView,
         budget: Budget,
         spare: int,
+        *,
+        unsure: bool = False,
     ) -> Decision:
         tokens, seconds = budget.tokens, budget.seconds
         prefill = self.cost.prefill if self.cost is not None else None
@@ -140,9 +149,10 @@ class Planner:
         for index, view in enumerate(ranked):
             if index >= lower or tokens < pool.page:
                 break
-            if view.full or view.busy or not view.missing:
+            goal = view.tokens if unsure else view.tokens - view.unsure
+            if view.full or view.busy or goal - view.ready < pool.page:
                 continue
-            want = min(view.missing, tokens)
+            want = min(goal - view.ready, tokens)
             if prefill is not None:
                 while ahead and ahead[-1][0] < self._policy(view):
                     seconds -= ahead.pop()[1]
@@ -154,7 +164,7 @@ class Planner:
             if want < pool.page:
                 break
             room = view.restore + want + pool.page  # each request may be rounded up by a page
-            takes = not view.parked and self._preemption != "off"
+            takes = not unsure and not view.parked and self._preemption != "off"
             found: list[Victim] = []
             had, reached = spare, lower
             while takes and room > had and reached > index + 1:
@@ -179,7 +189,7 @@ class Planner:
             spare -= view.restore + want + pool.page
             if prefill is not None:
                 seconds -= prefill.work_s(want, view.ready)
-        return Decision(tuple(victims), tuple(restores), tuple(passes))
+        return Decision(tuple(victims), tuple(restores), tuple(passes), spare)
 
     def _swaps(self, view: View, pool: PoolView) -> bool:
         if view.held > pool.host or view.saved >= view.held:

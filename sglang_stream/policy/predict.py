@@ -50,8 +50,12 @@ class SealPredictor:
         `own_gaps_s`: the sum of the gaps between them."""
         gaps = chunks - 1 if chunks > 1 else 0
         gap_s = (own_gaps_s + _YOUNG * self._gap_s) / (gaps + _YOUNG)
+        return last_s + self.to_come(chunks) * gap_s
+
+    def to_come(self, chunks: int) -> float:
+        """How many chunks are predicted to come for a stream with `chunks` so far."""
         to_come = self._to_come or self._counted()
-        return last_s + (to_come[chunks] if chunks < len(to_come) else to_come[-1]) * gap_s
+        return to_come[chunks] if chunks < len(to_come) else to_come[-1]
 
     def _counted(self) -> list[float]:
         """The mean number of chunks to come, by the number so far; the last one for all beyond."""

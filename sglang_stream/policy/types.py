@@ -34,7 +34,7 @@ class View(NamedTuple):
     without one. `reserve`: tokens that it may decode. `busy`: one of its passes runs now.
     `parked`: it has lost its KV and nothing has arrived for it since. `since_s`: since when it has
     had something to compute; `work_s`: the predicted time to compute it; `due_s`: when its seal is
-    predicted.
+    predicted. `unsure`: tokens at the end that updates are likely to replace before it.
     """
 
     id: str
@@ -50,6 +50,7 @@ class View(NamedTuple):
     since_s: float = 0.0
     work_s: float = 0.0
     due_s: float = 0.0
+    unsure: int = 0
 
     @property
     def ready(self) -> int:
@@ -89,10 +90,12 @@ class PoolView:
 @dataclass(frozen=True)
 class Budget:
     """What open streams may compute in one iteration: `tokens` at most, and no more than is
-    predicted to end within `seconds`, all requests of the iteration together."""
+    predicted to end within `seconds`, all requests of the iteration together. `decoding`: requests
+    that decode wait for it."""
 
     tokens: int
     seconds: float
+    decoding: bool = False
 
 
 class Pass(NamedTuple):
@@ -111,8 +114,9 @@ class Victim(NamedTuple):
 
 class Decision(NamedTuple):
     """One iteration's plan: whose KV is given up, whose copy comes back from host memory, and
-    which passes run, each in this order."""
+    which passes run, each in this order. `spare`: KV that is then left to open streams."""
 
     victims: tuple[Victim, ...] = ()
     restores: tuple[str, ...] = ()
     passes: tuple[Pass, ...] = ()
+    spare: int = 0

@@ -124,10 +124,7 @@ class EngineSide:
     def compute(self, decision: Decision, slices: list[Slice]) -> None:
         """Does what was decided, then what the simulator admits."""
         self.scheduling._apply(decision)
-        for chosen in decision.passes:
-            stream = self.table.live[chosen.id]
-            if stream.hold is None:
-                self.table.kv.hold(stream)
+        list(self.scheduling._fitting(decision))
         matches = [self.start(part) for part in slices]
         slots = [self.allocate(part.end - part.start) for part in slices]
         for part, match, new in zip(slices, matches, slots, strict=True):

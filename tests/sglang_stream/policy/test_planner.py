@@ -55,7 +55,9 @@ def whole(need: int, reserve: int = 0, name: str = "request", held: int = 0) -> 
 def test_passes_are_served_in_order_within_the_token_budget() -> None:
     streams = [View("late", 2, 900), View("early", 1, 400), View("idle", 0, 300, 300)]
     decision = plan([], streams, PLENTY)
-    assert decision == Decision(passes=(Pass("early", 400), Pass("late", 112)))
+    assert decision.passes == (Pass("early", 400), Pass("late", 112))
+    assert not decision.victims
+    assert decision.spare == PLENTY.spare - 400 - 112 - 2  # each may be rounded up by a page
 
 
 def test_only_whole_pages_are_planned() -> None:
@@ -92,6 +94,37 @@ def test_full_requests_ahead_take_their_part_of_the_iteration() -> None:
     # By arrival alone the stream is the first.
     alone = plan([whole(300)], streams, PLENTY, budget, policy="default", cost=COST)
     assert alone.passes == (Pass("s", 250),)
+
+
+def test_what_is_likely_to_stay_is_computed_before_what_is_not() -> None:
+    streams = [View("first", 0, 400, 100, unsure=200), View("second", 1, 300, unsure=290)]
+    assert plan([], streams, PLENTY).passes == (Pass("first", 100), Pass("second", 10))
+    computed = [View("first", 0, 400, 200, unsure=200), View("second", 1, 300, 10, unsure=290)]
+    assert plan([], computed, PLENTY).passes == (Pass("first", 200), Pass("second", 290))
+
+
+@pytest.mark.parametrize(
+    ("full", "others", "budget"),
+    [
+        ([whole(10)], [], AMPLE),
+        ([], [], Budget(512, 10.0, decoding=True)),
+        ([], [View("without its kv", 1, 200, parked=True, unsure=200)], AMPLE),
+    ],
+)
+def test_what_is_likely_to_be_replaced_delays_nobody_and_takes_no_room(
+    full: list[View], others: list[View], budget: Budget
+) -> None:
+    stream = View("s", 0, 400, 200, unsure=200)
+    assert plan([], [stream], PLENTY).passes == (Pass("s", 200),)
+    assert plan(full, [stream, *others], PLENTY, budget).passes == ()
+
+
+def test_what_is_likely_to_be_replaced_takes_no_kv_from_others() -> None:
+    pool = PoolView(available=50, spare=50)
+    idle = View("idle", 1, 300, 300)
+    assert plan([], [View("s", 0, 400, 200), idle], pool).victims == (Victim("idle", False),)
+    unsure = plan([], [View("s", 0, 400, 200, unsure=200), idle], pool)
+    assert unsure == Decision(passes=(Pass("s", 49),))
 
 
 def test_a_full_request_takes_kv_from_idle_streams_before_working_ones() -> None:
@@ -190,16 +223,16 @@ def test_a_victim_whose_copy_is_there_already_is_not_copied_again() -> None:
 def test_a_copy_comes_back_when_its_stream_is_planned_or_sealed() -> None:
     saved = View("s", 0, 700, saved=600)
     decision = plan([], [saved], PLENTY)
-    assert decision == Decision(restores=("s",), passes=(Pass("s", 100),))
+    assert (decision.restores, decision.passes) == (("s",), (Pass("s", 100),))
     sealed = saved._replace(full=True, reserve=8)
     assert plan([sealed], [sealed], PLENTY).restores == ("s",)
-    assert plan([], [saved._replace(tokens=600)], PLENTY) == Decision()
+    assert not plan([], [saved._replace(tokens=600)], PLENTY).restores
 
 
 def test_a_copy_that_comes_back_needs_room() -> None:
     saved = View("s", 0, 700, saved=600)
     assert plan([], [saved], PoolView(650, 650)).passes == (Pass("s", 49),)
-    assert plan([], [saved], PoolView(600, 600)) == Decision()
+    assert plan([], [saved], PoolView(600, 600)) == Decision(spare=600)
 
 
 def test_a_long_slice_does_not_share_the_iteration_in_which_another_prefill_ends() -> None:
@@ -253,7 +286,7 @@ def test_room_to_decode_comes_from_open_streams_first() -> None:
 
 def views(full: bool) -> st.SearchStrategy[View]:
     return st.builds(
-        lambda arrival, tokens, held, saved, reserve, busy, parked, since, due: View(
+        lambda arrival, tokens, held, saved, reserve, busy, parked, since, due, unsure: View(
             id="",
             arrival=arrival,
             tokens=tokens,
@@ -267,6 +300,7 @@ def views(full: bool) -> st.SearchStrategy[View]:
             since_s=since,
             work_s=max(0, tokens - max(held, saved)) * 1e-3,
             due_s=due,
+            unsure=min(unsure, tokens),
         ),
         st.integers(0, 1000),
         st.integers(1, 900),
@@ -277,6 +311,7 @@ def views(full: bool) -> st.SearchStrategy[View]:
         st.booleans(),
         st.floats(0, 10),
         st.floats(0, 10),
+        st.one_of(st.just(0), st.integers(0, 900)),
     )
 
 
@@ -290,7 +325,7 @@ def situations(draw: st.DrawFn) -> tuple[list[View], list[View], PoolView, Budge
     page = draw(st.sampled_from([1, 16]))
     spare = draw(st.integers(-100, available))
     pool = PoolView(available, spare, page, host=draw(st.integers(0, 2000)))
-    budget = Budget(draw(st.integers(0, 700)), draw(st.floats(0, 1)))
+    budget = Budget(draw(st.integers(0, 700)), draw(st.floats(0, 1)), draw(st.booleans()))
     return waiting, streams, pool, budget
 
 
