@@ -63,8 +63,9 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     one iteration (SGLang's --chunked-prefill-size); `pass_tokens`: of its passes. With
     `decode_workers` they are apart, else `prefill_workers` unified ones. `host_memory_gb`: GiB of
     each device on an engine, of all together in the simulator. `flags` go to `sglang-stream serve`
-    only. `client` is the simulator's: `sdk` awaits the answer to each call before the next,
-    `direct` waits for nothing."""
+    only. Two are the simulator's: `client`, `sdk` awaits the answer to each call before the next,
+    `direct` waits for nothing; `compute_all`, policies under which passes compute all of a list
+    alike, as published, and not first what is likely to stay."""
 
     prefill_workers: Count = 1
     decode_workers: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -77,6 +78,7 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host_memory_gb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     pass_ms: Positive | None = None
     client: Literal["sdk", "direct"] = "sdk"
+    compute_all: tuple[PolicyName, ...] = ()
     flags: tuple[str, ...] = ()
 
 

@@ -40,6 +40,7 @@ def settings_of(profile: Profile, engine: EngineSpec, policy: PolicyName | None)
         invalidation=engine.invalidation,
         host_tokens=int(engine.host_memory_gb * _GIB / profile.kv_bytes_per_token.value),
         limits=Limits(engine.batch_tokens, engine.pass_tokens, pass_s, engine.preemption),
+        foresees=policy not in engine.compute_all,
     )
 
 

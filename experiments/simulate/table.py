@@ -15,9 +15,10 @@ from sglang_stream.policy import SealPredictor, Survival
 
 
 class StreamTable:
-    """The streams of a worker. `now`: when its loop last looked for events."""
+    """The streams of a worker. `now`: when its loop last looked for events. `foresees`: what
+    updates are likely to replace."""
 
-    def __init__(self, kv: Holdings) -> None:
+    def __init__(self, kv: Holdings, *, foresees: bool = True) -> None:
         self.kv = kv
         self.now = 0.0
         self.live: dict[str, Stream] = {}
@@ -25,6 +26,7 @@ class StreamTable:
         self._arrivals = 0
         self._predictor = SealPredictor()
         self._survival = Survival()
+        self._foresees = foresees
         self._dues: list[tuple[float, str]] = []
 
     def arrive(self) -> int:
@@ -135,7 +137,7 @@ class StreamTable:
         chunks = stream.usage.chunks + stream.usage.updates
         stream.due_s = self._predictor.due_s(chunks, stream.last_chunk_s, stream.gaps_s)
         heappush(self._dues, (stream.due_s, stream.id))
-        if stream.mode == "update":
+        if stream.mode == "update" and self._foresees:
             stream.stays = self._survival.part(self._predictor.to_come(chunks))
 
 

@@ -33,7 +33,8 @@ _SPEEDS = 15  # forwards whose median is the speed that a worker tells routers o
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker is and how it plans. `host_tokens`: of KV that fit into host memory."""
+    """What a worker is and how it plans. `host_tokens`: of KV that fit into host memory;
+    `foresees`: see `table`."""
 
     cost: CostModel
     decode: Decode
@@ -43,6 +44,7 @@ class WorkerSettings:
     invalidation: Invalidation
     host_tokens: int
     limits: Limits
+    foresees: bool
 
 
 class Worker:
@@ -66,7 +68,7 @@ class Worker:
         kv = Holdings(
             self.pool, settings.policy, settings.invalidation, host, settings.cost.prefill
         )
-        self.table = StreamTable(kv)
+        self.table = StreamTable(kv, foresees=settings.foresees)
         self.batches = Batches(
             self.pool, self.table, settings.policy, settings.cost, settings.limits
         )

@@ -169,6 +169,23 @@ def test_streams_that_do_not_fit_lose_their_kv_and_are_computed_again() -> None:
     assert sum(row.swapped_tokens or 0 for row in rows) > 0
 
 
+def test_what_is_likely_to_be_replaced_is_not_computed_while_others_decode() -> None:
+    """Lists whose last document, half of each, changes some times; the others stay."""
+    load: list[Arrived] = []
+    for number in range(40):
+        stay = [Document(f"{number}.{i}", 50) for i in range(4)]
+        steps = [Step(i, (*stay, Document(f"{number}:{i}", 200))) for i in range(number % 3 + 4)]
+        load.append(Arrived(0.25 * number, Query(str(number), "update", tuple(steps))))
+    computed, ready = dict[bool, int](), dict[bool, int]()
+    for foresees in (False, True):
+        engine = EngineSpec(compute_all=() if foresees else ("fcfs",))
+        rows = simulated(machine(), engine, streaming("fcfs"), load, output=250)
+        computed[foresees] = sum(row.computed_tokens or 0 for row in rows)
+        ready[foresees] = sum(row.ready_tokens or 0 for row in rows)
+    assert computed[True] < 0.7 * computed[False]
+    assert ready[True] > ready[False]
+
+
 def test_the_same_load_gives_the_same_rows() -> None:
     load = random_load(3, 40, 4.0)
     engine = EngineSpec(kv_tokens=7000, prefill_workers=2, decode_workers=1, host_memory_gb=0.004)
