@@ -41,6 +41,7 @@ from sglang_stream.policy import (
     CostModel,
     Decision,
     Invalidation,
+    Pass,
     PolicyName,
     Preemption,
     Prefill,
@@ -348,3 +349,18 @@ def test_both_decide_alike_where_streams_take_each_others_kv(
     assert sum(len(decision.victims) for decision in decisions) > 10
     if preemption == "swap":
         assert sum(len(decision.restores) for decision in decisions) > 0
+
+
+@pytest.mark.parametrize(
+    ("spare", "fits"), [(0, []), (519, []), (520, []), (560, [40]), (900, [80])]
+)
+def test_kv_that_is_found_again_counts_as_if_it_were_computed(spare: int, fits: list[int]) -> None:
+    engine = EngineSide("fcfs", "soft", "recompute", 1000, 0)
+    ids = ids_of("a", (Document("page", 700),))
+    engine.table.open(m.Open("a", "append", m.pack_tokens(ids), 1e9), 0.0)
+    stream = engine.table.live["a"]
+    engine.cache.insert(InsertParams(key=RadixKey(ids[:600]), value=engine.allocate(600)))
+    decision = Decision(passes=(Pass("a", 80),), spare=spare)
+    assert [tokens for _, tokens in engine.scheduling._fitting(decision)] == fits
+    assert stream.held == (600 if spare >= 520 else 0)
+    assert engine.cache.protected_size() == stream.held
