@@ -163,7 +163,8 @@ class GenerateBody(Body):
     """POST /v1/streams/{id}/generate; the sampling fields are those of SGLang's OpenAI server.
 
     A field of OpenAI's that is not here is refused rather than ignored. So is a number that
-    SGLang's tensors cannot hold, or that makes its logits infinite: it would end the worker.
+    SGLang's tensors cannot hold, or that makes its logits infinite, and what may leave no token to
+    choose: it would end the worker.
     """
 
     question: str | None = None
@@ -179,7 +180,7 @@ class GenerateBody(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_INT32_MAX)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -214,6 +215,9 @@ class GenerateBody(Body):
         grammars = (self.regex, self.ebnf, self.json_schema, self.response_format)
         if sum(g is not None for g in grammars) > 1:
             raise ValueError("give one of 'regex', 'ebnf', 'json_schema' and 'response_format'")
+        is_text = self.response_format is not None and self.response_format.type == "text"
+        if self.min_tokens and any(grammars) and not is_text:
+            raise ValueError("'min_tokens' does not go with a grammar, which may end before it")
         return self
 
     @field_validator("stop_regex")

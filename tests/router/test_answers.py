@@ -189,6 +189,13 @@ def test_the_first_token_is_told_of_even_without_text(
     assert rest[0]["choices"][0]["delta"] == {"content": "x"}
 
 
+def test_the_least_tokens_of_an_answer_reach_the_worker(
+    client: httpx.Client, worker: FakeWorker
+) -> None:
+    generate(client, opened(client), max_tokens=5, min_tokens=2)
+    assert worker.seals[0]["sampling_params"]["min_new_tokens"] == 2
+
+
 def test_the_seal_that_reaches_the_worker(client: httpx.Client, worker: FakeWorker) -> None:
     stream = opened(client, **CHAT)
     body = {
@@ -203,7 +210,6 @@ def test_the_seal_that_reaches_the_worker(client: httpx.Client, worker: FakeWork
         "stop_token_ids": [3],
         "seed": 11,
         "n": 1,
-        "min_tokens": 2,
         "ignore_eos": True,
         "presence_penalty": 0.5,
         "frequency_penalty": -0.5,
@@ -219,7 +225,6 @@ def test_the_seal_that_reaches_the_worker(client: httpx.Client, worker: FakeWork
     del params["custom_params"]
     assert params == {
         "max_new_tokens": 5,
-        "min_new_tokens": 2,
         "temperature": 0,
         "top_p": 0.9,
         "top_k": 4,

@@ -22,6 +22,7 @@ from tests.router.conftest import error_of, opened
         {"repetition_penalty": 1e-300},
         {"logit_bias": {"5": 1e308}},
         {"logit_bias": {"five": 1}},
+        {"temperature": 1e39},
         {"stop_regex": "["},
         {"stop_regex": ["a", "(" * 300]},
         {"stop_regex": "(" * 5000 + ")" * 5000},
@@ -34,10 +35,30 @@ def test_sampling_that_would_end_a_worker(body: dict[str, Any]) -> None:
     assert str(refused.value.param).startswith(next(iter(body)))
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"regex": "yes|no"},
+        {"ebnf": 'root ::= "yes"'},
+        {"json_schema": '{"const": 1}'},
+        {"response_format": {"type": "json_object"}},
+    ],
+    ids=str,
+)
+def test_a_grammar_that_may_end_before_min_tokens(grammar: dict[str, Any]) -> None:
+    """All that it allows would be forbidden: no token would have a probability."""
+    with pytest.raises(Malformed, match="'min_tokens'"):
+        parse(GenerateBody, json.dumps(grammar | {"min_tokens": 5}).encode())
+    assert parse(GenerateBody, json.dumps(grammar | {"min_tokens": 0}).encode())
+    text = {"response_format": {"type": "text"}, "min_tokens": 5}
+    assert parse(GenerateBody, json.dumps(text).encode())
+
+
 def test_sampling_at_the_bounds() -> None:
     body = {
         "top_k": 2**31 - 1,
         "seed": -(2**63),
+        "temperature": 1e6,
         "repetition_penalty": 1e-6,
         "logit_bias": {"5": -100},
         "stop_regex": ["a+", "b{2}"],
