@@ -37,10 +37,9 @@ class Stream:
     length after each chunk of an append stream, after the latest update of another. `in_flight`:
     a pass of it is in the forward now; `preempted`: its KV was taken and no chunk came since;
     `saved`: the prefix that a copy in host memory ends; `reach`: the prefix that has been computed
-    once. `latest`, `since_s`, `due_s`: see `policy.View`; `stays`: the part of the prompt that
-    is not `unsure`; `last_chunk_s`, `gaps_s`: when the last
-    chunk came, and the time between all of them. `rid`, `request`: SGLang's request once it is
-    sealed; `aborted`: it was told to end."""
+    once. `latest`, `since_s`, `due_s`: see `policy.View`; `stays`: the part of the prompt that is
+    not `unsure` there; `last_chunk_s`, `gaps_s`: when the last chunk came, and the time between all
+    of them. `rid`, `request`: SGLang's request once it is sealed; `aborted`: it was told to end."""
 
     session: Session
     arrival: int
