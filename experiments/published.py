@@ -14,7 +14,6 @@ from typing import Literal
 
 PublishedName = Literal["crawler", "anns"]
 PERCENTS = (50, 95, 99)
-MACHINE = "2x H200"
 
 _Triple = tuple[float, float, float]  # P50, P95, P99
 

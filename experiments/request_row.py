@@ -17,6 +17,8 @@ import msgspec
 
 RequestMode = Literal["waiting", "streaming", "resend"]
 
+WINDOW_S = 20.0  # of a worker's timeline
+
 
 class LoadRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
     """Which load a row is of. `machine`: name of the profile or of the machine. `stream_policy`:
@@ -36,7 +38,8 @@ class RequestRow(LoadRow, frozen=True, kw_only=True, tag="request"):
     """One request of one load. A refused one has `failed` and no times after the seal.
 
     `cached_tokens`: prompt tokens found in the cache, 0 for waiting. Counters are those of
-    `usage.stream`, None where the mode has none; but `chunks` are then the steps.
+    `usage.stream`, None where the mode has none; but `chunks` are then the steps. `swapped_tokens`
+    are the simulator's: an engine counts them for the cell.
     """
 
     query_id: str

@@ -6,6 +6,7 @@ sglang-stream simulate SPEC.toml     the same cells on a machine's profile
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -99,7 +100,7 @@ def load_spec(path: Path) -> Spec:
 
     def from_folder(kind: type, value: Any) -> Any:
         if kind is Path and isinstance(value, str):
-            return path.parent / Path(value).expanduser()
+            return (path.parent / Path(value).expanduser()).resolve()
         raise NotImplementedError(kind)
 
     try:
@@ -108,6 +109,18 @@ def load_spec(path: Path) -> Spec:
         raise InvalidRequest(f"{path}: {e.strerror}", param="spec") from e
     except (msgspec.DecodeError, msgspec.ValidationError) as e:
         raise InvalidRequest(f"{path}: {e}", param="spec") from e
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names of fields, of structs inside too, that are not the same, as rows hold them."""
+    names: list[str] = []
+    for key in dict.fromkeys((*one, *other)):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += [f"{key}.{inner}" for inner in differing(a, b)]
+        elif a != b:
+            names.append(key)
+    return names
 
 
 def spec_fields(spec: msgspec.Struct) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import tomllib
+import msgspec
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def main(folder: Path) -> None:
-    project = tomllib.loads(PROJECT.read_text())["project"]
+    project = msgspec.toml.decode(PROJECT.read_bytes())["project"]
     name, version = project["name"], project["version"]
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from experiments import display
 from experiments.client import MeasuredClient
 from experiments.command import run_command
 from experiments.progressive import report
-from experiments.progressive.corpus import Corpus, build_corpus
+from experiments.progressive.corpus import Corpus, Question, build_corpus
 from experiments.progressive.measure import (
     ORDERS,
     Measured,
@@ -27,7 +27,7 @@ from experiments.progressive.measure import (
     search,
     tokenizer,
 )
-from experiments.rows import RowFile, manifest
+from experiments.rows import Row, RowFile, manifest
 from experiments.server import default_model, running_server
 from experiments.workload.revisions import measure_revisions
 from retrieval_clients.anns import IndexKind, SearchSettings
@@ -46,6 +46,31 @@ class Server:
     model: str
     flags: list[str]
     max_tokens: int
+
+
+class Kept:
+    """Where rows and searches are written while they come. A file of rows that is there is replaced
+    by the first row, one of traces is added to."""
+
+    def __init__(self, out: Path | None, head: Row, traces: Path | None) -> None:
+        self._out = out
+        self._head = head
+        self._traces = traces
+        self._file: RowFile | None = None
+
+    def row(self, measured: Measured) -> None:
+        """Adds what was measured of a question. Raises InvalidRequest if it cannot be written."""
+        if self._out is None:
+            return
+        if self._file is None:
+            self._file = RowFile(self._out)
+            self._file.add(self._head)
+        self._file.add(measured.row())
+
+    def search(self, question: Question, searched: Searched) -> None:
+        """Adds the trace of a search that has ended. Raises likewise."""
+        if self._traces is not None:
+            write_trace(self._traces, searched.trace(question))
 
 
 def main(args: list[str]) -> int:
@@ -133,7 +158,8 @@ def progressive(
     settings = SearchSettings(
         k=k, growth=growth, stable_steps=stable_steps, step_s=step_ms / 1000, with_recall=True
     )
-    file = None if out is None else RowFile(out)
+    if out is not None:
+        RowFile(out, append=True)  # what cannot be written is told before the long work
     with display.progress() as progress:
         step = progress.add_task("collecting and indexing passages", total=None)
         corpus = build_corpus(
@@ -148,18 +174,15 @@ def progressive(
         what = f"{index.upper()} over {len(corpus.index.documents):,} passages, k {k}"
         model = model_path or (default_model() if engine else "")
         flags = [*_FLAGS, *([] if model_path else ["--dtype", "float32"])]
-        if file is not None:
-            searched = {"searched": what, "step_ms": step_ms, "growth": growth}
-            file.add({**manifest(model, flags, seed), **searched, "stable_steps": stable_steps})
+        searched = {"searched": what, "step_ms": step_ms, "growth": growth}
+        head = {**manifest(model, flags, seed), **searched, "stable_steps": stable_steps}
+        kept = Kept(out, head, traces)
         if engine:
             server = Server(base_url, model, flags, max_tokens)
-            measured, found = _stream(progress, corpus, settings, server, file)
+            measured, found = _stream(progress, corpus, settings, server, kept)
         else:
-            measured, found = [], asyncio.run(_search_only(progress, corpus, settings))
+            measured, found = [], asyncio.run(_search_only(progress, corpus, settings, kept))
     made = [s.trace(q) for q, s in zip(corpus.questions, found, strict=True)]
-    if traces is not None:
-        for trace in made:
-            write_trace(traces, trace)
     if measured:
         console.print(report.streaming_table(measured, what, step_ms))
     _print_changes(console, made, found, what, step_ms)
@@ -173,7 +196,7 @@ def _stream(
     corpus: Corpus,
     settings: SearchSettings,
     server: Server,
-    file: RowFile | None,
+    kept: Kept,
 ) -> tuple[list[Measured], list[Searched]]:
     """Both orders of each question in turn; the searches of the first."""
     step = progress.add_task("starting the server", total=None)
@@ -199,10 +222,10 @@ def _stream(
                             tokenize,
                         )
                         rows.append(measured)
-                        if file is not None:
-                            file.add(measured.row())
+                        kept.row(measured)
                         if order == ORDERS[0]:
                             searches.append(searched)
+                            kept.search(question, searched)
                         progress.advance(step)
             return rows, searches
 
@@ -210,13 +233,14 @@ def _stream(
 
 
 async def _search_only(
-    progress: Progress, corpus: Corpus, settings: SearchSettings
+    progress: Progress, corpus: Corpus, settings: SearchSettings, kept: Kept
 ) -> list[Searched]:
     step = progress.add_task("questions", total=len(corpus.questions))
     searches = [Searched() for _ in corpus.questions]
     for question, searched in zip(corpus.questions, searches, strict=True):
         async for _ in search(corpus.index, question, settings, searched):
             pass
+        kept.search(question, searched)
         progress.advance(step)
     return searches
 

@@ -14,12 +14,13 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 
 from experiments.pacing import until
 from experiments.request_row import RequestMode
+from experiments.workload.contents import Contents
 from experiments.workload.shapes import Arrived, Document, Query
 from sglang_stream import stream_chat
 from sglang_stream.errors import EngineFailure, InvalidRequest
@@ -30,16 +31,6 @@ TIMEOUT_S = 600.0
 _UNLIMITED = httpx.Limits(
     max_connections=None, max_keepalive_connections=None, keepalive_expiry=120.0
 )
-
-
-class Contents(Protocol):
-    """The tokens of queries, of which a load knows the lengths."""
-
-    def opening(self, query: Query) -> list[int]: ...
-
-    def document(self, document: Document) -> list[int]: ...
-
-    def question(self, query: Query) -> list[int]: ...
 
 
 @dataclass(frozen=True)

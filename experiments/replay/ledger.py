@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import msgspec
 from experiments.cells import Cell
 from experiments.request_row import CellRow, LoadRow
 from experiments.rows import Row, RowFile
+from experiments.spec import differing
 from sglang_stream.errors import InvalidRequest
 
 _KEYS = ("mode", "stream_policy", "placement", "qps", "seed")
@@ -23,23 +23,22 @@ class Ledger:
     """A file of rows, new or to go on with.
 
     `conditions`: all that the rows of its cells depend on, in every manifest as `conditions`. What
-    a cell left that was broken off is dropped. Raises InvalidRequest if the file has rows of other
-    conditions or of another kind, or cannot be written.
+    a cell left that was broken off is dropped, and so is a manifest that no complete cell follows.
+    Raises InvalidRequest if the file has cells of other conditions or rows of another kind, or
+    cannot be written.
     """
 
     def __init__(self, path: Path, conditions: Row) -> None:
         self.path = path
-        rows = _whole_rows(path) if path.exists() else []
-        for row in rows:
+        kept, self._ended = _complete(_whole_rows(path) if path.exists() else [])
+        for row in kept:
             if row.get("bench") == "manifest" and row.get("conditions") != _plain(conditions):
-                what = ", ".join(_differing(row.get("conditions") or {}, _plain(conditions)))
+                what = ", ".join(differing(row.get("conditions") or {}, _plain(conditions)))
                 raise InvalidRequest(
-                    f"--out {path} holds rows of other conditions ({what}): give another file",
+                    f"--out {path} holds rows of other conditions ({what}): give another file, or "
+                    "delete this one",
                     param="--out",
                 )
-        ended = {_id_of(row) for row in rows if row.get("kind") == "cell"}
-        kept = [row for row in rows if row.get("bench") == "manifest" or _id_of(row) in ended]
-        self._ended = ended
         if path.exists():
             _rewrite(path, kept)
         self._file = RowFile(path, append=True)
@@ -84,6 +83,20 @@ def _whole_rows(path: Path) -> list[Row]:
     return rows
 
 
+def _complete(rows: list[Row]) -> tuple[list[Row], set[_CellId]]:
+    """The rows of complete cells, each manifest before those of its run; the cells."""
+    ended = {_id_of(row) for row in rows if row.get("kind") == "cell"}
+    kept: list[Row] = []
+    manifest: Row | None = None
+    for row in rows:
+        if row.get("bench") == "manifest":
+            manifest = row
+        elif _id_of(row) in ended:
+            kept += [row] if manifest is None else [manifest, row]
+            manifest = None
+    return kept, ended
+
+
 def _rewrite(path: Path, rows: list[Row]) -> None:
     """Puts `rows` in the file's place, all or none."""
     new = path.with_name(f"{path.name}.new")
@@ -105,15 +118,3 @@ def _id_of_cell(cell: Cell) -> _CellId:
 def _plain(row: Row) -> Row:
     """As it is when it has been a line of JSON."""
     return dict(json.loads(json.dumps(row)))
-
-
-def _differing(one: Row, other: Row) -> Set[str]:
-    """The names of fields, of structs inside too, that are not the same."""
-    names: dict[str, None] = {}
-    for key in dict.fromkeys((*one, *other)):
-        a, b = one.get(key), other.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names |= {f"{key}.{inner}": None for inner in _differing(a, b)}
-        elif a != b:
-            names[key] = None
-    return names.keys()

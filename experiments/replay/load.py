@@ -6,20 +6,23 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence, Set
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import httpx
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from experiments.bench.counters import counted_since, read_counters
 from experiments.cells import Cell
 from experiments.client import empty_caches
-from experiments.replay.clients import Contents, LoadClient, Timed
+from experiments.replay.clients import LoadClient, Timed
 from experiments.request_row import CellRow, EventName, EventRow, LoadRow, RequestRow
+from experiments.workload.contents import VOCABULARY, Contents
 from experiments.workload.shapes import Arrived, Document, Query, Step
-from sglang_stream.errors import EngineFailure, StreamError, WorkerUnavailable
+from sglang_stream.errors import EngineFailure, InvalidRequest, StreamError, WorkerUnavailable
+from sglang_stream.policy import PolicyName
 
 T = TypeVar("T")
 
@@ -27,8 +30,28 @@ WATCH_S = 2.0
 _MISSES = 5  # in a row, after which a server is taken for dead
 _WARMING = (10, 50, 95)  # percentiles of a load's prompts
 _WARM_ROUNDS = 2
-_TOKEN_IDS = range(300, 8000)
 _CALL_TIMEOUT_S = 90.0
+_PASSES = "sglang_stream_passes_total"
+
+
+async def require_policies(url: str, policies: Set[PolicyName]) -> None:
+    """Raises InvalidRequest if the metrics page of a worker behind a router says that it serves
+    streams by a policy that is none of these."""
+    async with httpx.AsyncClient(base_url=url, timeout=_CALL_TIMEOUT_S, trust_env=False) as http:
+        for worker in await _worker_urls(http):
+            page = await http.get(f"{worker}/metrics", follow_redirects=True)
+            served = {
+                sample.labels["policy"]
+                for family in text_string_to_metric_families(page.text if page.is_success else "")
+                for sample in family.samples
+                if sample.name == _PASSES and "policy" in sample.labels
+            }
+            if served and served.isdisjoint(policies):
+                raise InvalidRequest(
+                    f"{worker} serves streams by {', '.join(sorted(served))}: cells.policies has "
+                    f"{', '.join(sorted(policies))}, name what it was started with",
+                    param="cells.policies",
+                )
 
 
 async def replay_load(
@@ -48,7 +71,7 @@ async def replay_load(
 
     `described`: the fields of `LoadRow` that the cell does not know. `events`: rows of what each
     client saw, too. Raises WorkerUnavailable if the server dies, EngineFailure if it answers no
-    request at all or its caches cannot be emptied.
+    request at all or its caches cannot be emptied, InvalidRequest if it is no router.
     """
     keys = described | {
         "mode": cell.mode,
@@ -61,9 +84,9 @@ async def replay_load(
         httpx.AsyncClient(base_url=url, timeout=_CALL_TIMEOUT_S, trust_env=False) as http,
         LoadClient(url, contents, output_tokens) as client,
     ):
+        workers = await _worker_urls(http)
         await _watched(http, _warm_up(url, cell, load, output_tokens), watch_s)
         await empty_caches(http)
-        workers = await _worker_urls(http)
         before = _counters_of(workers)
         began = time.perf_counter()
 
@@ -188,7 +211,7 @@ class _Noise:
         return []
 
     def document(self, document: Document) -> list[int]:
-        return random.Random(f"warm-up {document.id}").choices(_TOKEN_IDS, k=document.tokens)
+        return random.Random(f"warm-up {document.id}").choices(VOCABULARY, k=document.tokens)
 
     def question(self, query: Query) -> list[int]:
         return []
@@ -243,4 +266,10 @@ async def _is_alive(http: httpx.AsyncClient) -> bool:
 
 async def _worker_urls(http: httpx.AsyncClient) -> list[str]:
     answer = await http.get("/workers")
+    if not answer.is_success:
+        raise InvalidRequest(
+            f"{http.base_url}workers answers {answer.status_code}: give the address of a router, "
+            "started by `sglang-stream serve` or `sglang-stream router`",
+            param="--base-url",
+        )
     return [str(worker["url"]) for worker in answer.json()["workers"]]

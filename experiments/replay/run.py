@@ -20,7 +20,7 @@ from experiments import display
 from experiments.cells import Cell, cells_of, require_one_server, server_of
 from experiments.command import ModelPath, run_command
 from experiments.replay.ledger import Ledger
-from experiments.replay.load import replay_load
+from experiments.replay.load import replay_load, require_policies
 from experiments.report.load import load_rows
 from experiments.report.measures import goodput_limit_s
 from experiments.report.summary import summaries
@@ -29,11 +29,10 @@ from experiments.server import default_model, running_server
 from experiments.spec import Spec, load_spec, spec_fields
 from experiments.tokens import ModelTokenizer
 from experiments.workload.arrivals import arrivals_of
-from experiments.workload.load import contents_of, queries_of
+from experiments.workload.load import queries_with_contents
 from sglang_stream.errors import InvalidRequest, StreamError, WorkerUnavailable
 
 INTERRUPTED = 130
-_VOCABULARY = range(300, 8000)  # ordinary tokens of every model
 _START_S = 20.0  # what the start of a server counts for in the time that is left
 
 
@@ -105,8 +104,8 @@ def replay(
     earlier ones are answered or not. A server is started for each policy and
     placement; before each load it is warmed up and its caches are emptied.
 
-    Ctrl-C, or a server that dies, loses the cell that runs: the same command
-    goes on with it. A quick try:
+    Ctrl-C, or a server that dies, loses the cell that runs: the same command,
+    of the same version, goes on with it. A quick try:
 
       sglang-stream replay SPEC.toml --queries 20 --seeds 1 --out try.jsonl
     """
@@ -131,7 +130,7 @@ def replay(
         kept = len(cells) - len(missing)
         console.print(f"{kept} of {len(cells)} cells are complete in {ledger.path}", soft_wrap=True)
     if missing:
-        ledger.start(head | {"conditions": conditions, "spec": spec_fields(spec)})
+        ledger.start(head | {"conditions": conditions, "spec": _told(settings)})
     try:
         with display.progress() as progress:
             _run(settings, missing, head["machine"], ledger, progress)
@@ -179,15 +178,20 @@ def _check_running(
 
 
 def _conditions(settings: Settings, head: Row) -> Row:
-    """All that the rows of a cell depend on, besides the code."""
+    """All that the rows of a cell depend on."""
+    spec = _told(settings)
     return {
-        "workload": spec_fields(settings.spec.workload),
-        "engine": spec_fields(settings.spec.engine),
-        "model": head["model"],
-        "flags": head["flags"],
-        "machine": head["machine"],
+        "workload": spec["workload"],
+        "engine": spec["engine"],
+        "model": settings.model_path,
         "base_url": settings.base_url,
-    }
+    } | {name: head[name] for name in ("flags", "machine", "versions", "commit")}
+
+
+def _told(settings: Settings) -> Row:
+    """The specification as a manifest has it: without what a server of somebody's is not told."""
+    engine = {"engine": None} if settings.base_url is not None else {}
+    return spec_fields(settings.spec) | engine
 
 
 def _run(
@@ -199,10 +203,12 @@ def _run(
 ) -> None:
     """All cells, those of one server after the other on it."""
     spec = settings.spec
+    policies = {cell.policy for cell in cells if cell.policy is not None}
+    if settings.base_url is not None and policies:
+        _finish(require_policies(settings.base_url, policies), settings.base_url)
     tokenize = ModelTokenizer(settings.model_path or "")
-    queries = queries_of(spec.workload, lambda text: len(tokenize(text)))
+    queries, contents = queries_with_contents(spec.workload, tokenize)
     loads = {(c.qps, c.seed): arrivals_of(spec.workload, queries, c.qps, c.seed) for c in cells}
-    contents = contents_of(spec.workload, _VOCABULARY, tokenize)
     seconds = {at: max(a.at_s + a.query.last_chunk_s for a in load) for at, load in loads.items()}
     servers = [
         (server, list(own))
@@ -238,10 +244,10 @@ def _server(settings: Settings, flags: list[str]) -> AbstractContextManager[str]
     return running_server(settings.model_path or "", [*flags, *settings.flags])
 
 
-def _finish(replaying: Coroutine[None, None, None], url: str) -> None:
-    """Runs a load to its end. Raises WorkerUnavailable for a server that is not there."""
+def _finish(calls: Coroutine[None, None, None], url: str) -> None:
+    """Runs calls of a server to their end. Raises WorkerUnavailable if it is not there."""
     try:
-        asyncio.run(replaying)
+        asyncio.run(calls)
     except httpx.HTTPError as e:
         raise WorkerUnavailable(
             f"no answer from {url} ({type(e).__name__}: {e}): check the address and that it is an "

@@ -138,11 +138,19 @@ def setting_of(row: LoadRow) -> Setting:
 
 def measured(rows: Iterable[RequestRow]) -> list[Measured]:
     """The cells with an answered request, in the order in which they first come."""
+    return [cell for cell in _cells_of(rows) if cell.answered]
+
+
+def unanswered(rows: Iterable[RequestRow]) -> list[Measured]:
+    """The other cells."""
+    return [cell for cell in _cells_of(rows) if not cell.answered]
+
+
+def _cells_of(rows: Iterable[RequestRow]) -> list[Measured]:
     of: dict[tuple[Setting, How], list[RequestRow]] = defaultdict(list)
     for row in rows:
         of[setting_of(row), How(row.mode, row.stream_policy, row.qps)].append(row)
-    cells = [Measured(setting, how, tuple(own)) for (setting, how), own in of.items()]
-    return [cell for cell in cells if cell.answered]
+    return [Measured(setting, how, tuple(own)) for (setting, how), own in of.items()]
 
 
 def by_setting(cells: Iterable[Measured]) -> dict[Setting, list[Measured]]:

@@ -61,8 +61,10 @@ def section_of_both(machines: Machines, table: Table) -> Section:
     )
 
 
-def page(sections: Sequence[Section], costs: Sequence[Drawing], rows: Rows) -> str:
-    """The page; the same rows give the same bytes."""
+def page(
+    sections: Sequence[Section], costs: Sequence[Drawing], rows: Rows, notes: Sequence[str]
+) -> str:
+    """The page, `notes` at its beginning; the same rows give the same bytes."""
     template = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     ).from_string((files("experiments.report") / "page.html.j2").read_text())
@@ -73,7 +75,7 @@ def page(sections: Sequence[Section], costs: Sequence[Drawing], rows: Rows) -> s
         ],
         costs=[_inline(drawing) for drawing in costs],
         manifests=[_described(row) for row in rows.manifests],
-        broken_off=rows.broken_off,
+        notes=notes,
     )
 
 

@@ -13,7 +13,7 @@ from experiments.command import run_command
 from experiments.report.against_engine import against_engine
 from experiments.report.figures import Drawing, drawings_of, recompute_against_swap
 from experiments.report.load import Rows, load_rows
-from experiments.report.measures import by_setting, goodput_limit_s, measured
+from experiments.report.measures import by_setting, goodput_limit_s, measured, unanswered
 from experiments.report.page import Section, as_png, as_svg, page, section_of, section_of_both
 from experiments.report.table import Table
 from experiments.report.tables import tables_of
@@ -65,8 +65,8 @@ def report(
     for file in files:
         _write(out / file.name, file.content)
     console = display.console()
-    if known.broken_off:
-        console.print(f"Left out: {known.broken_off} rows of cells that were broken off")
+    for note in left_out(known):
+        console.print(note, soft_wrap=True)
     console.print(f"{len(files)} files; the page is {out / 'index.html'}", soft_wrap=True)
 
 
@@ -86,7 +86,20 @@ def files_of(rows: Rows, goodput_ttft_s: float | None, profiles: list[str]) -> I
         yield from _files(slug(setting), tables, drawings)
     costs = [recompute_against_swap(load_profile(name)) for name in profiles]
     yield from _files("profiles", [], costs)
-    yield Written("index.html", page(sections, costs, rows).encode())
+    yield Written("index.html", page(sections, costs, rows, left_out(rows)).encode())
+
+
+def left_out(rows: Rows) -> list[str]:
+    """What of the rows no table or figure has, in sentences."""
+    notes = []
+    if rows.broken_off:
+        notes.append(f"Left out: {rows.broken_off:,} rows of cells that were broken off.")
+    for cell in unanswered(rows.requests):
+        notes.append(
+            f"Left out: {cell.setting}, {cell.how.name} at {cell.how.qps:g} QPS, where none of "
+            f"{len(cell.rows):,} requests was answered ({cell.rows[0].failed})."
+        )
+    return notes
 
 
 def slug(parts: Iterable[str | None]) -> str:

@@ -100,7 +100,7 @@ def percentiles(setting: Setting, cells: Sequence[Measured]) -> Table:
         ("QPS", "", *headings),
         tuple(lines),
         "In brackets: 95 % interval by bootstrap over requests, all seeds together. Seeds: the "
-        "lowest and the highest of one seed.",
+        "lowest and the highest of one seed; a seed draws the arrivals, the queries are the same.",
     ).without_empty()
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.request_row import EventName, EventRow
+from experiments.request_row import WINDOW_S, EventName, EventRow
 
 _WIDTH = 9.0  # inches
 _SPANS: dict[EventName, str] = {
@@ -25,7 +25,6 @@ _MOMENTS: dict[EventName, tuple[str, str]] = {
     "first_token": ("*", "#000000"),
     "end": ("|", "#000000"),
 }
-_WINDOW_S = 20.0  # of a worker's timeline
 _ROWS = 14  # streams of a worker's timeline
 
 
@@ -69,11 +68,11 @@ def worker_timeline(events: Sequence[EventRow]) -> Timeline | None:
     chosen = max(known, key=lambda key: (known[key], str(key)))
     there = sorted((row for row in on_workers if _worker_of(row) == chosen), key=lambda r: r.t_s)
     begins = _busiest(there)
-    there = [row for row in there if begins <= row.t_s < begins + _WINDOW_S]
+    there = [row for row in there if begins <= row.t_s < begins + WINDOW_S]
     streams = dict.fromkeys(_request_of(row) for row in there if row.query_id is not None)
     lines = list(streams)[:_ROWS]
     own = [*there, *(row for row in events if row.worker is None and _request_of(row) in lines)]
-    own = [row for row in own if begins <= row.t_s < begins + _WINDOW_S]
+    own = [row for row in own if begins <= row.t_s < begins + WINDOW_S]
     figure = Figure(figsize=(_WIDTH, 1.0 + 0.26 * (len(lines) + 1)), layout="constrained")
     axes = figure.subplots()
     for place, request in enumerate(reversed(lines)):
@@ -94,7 +93,7 @@ def worker_timeline(events: Sequence[EventRow]) -> Timeline | None:
     return Timeline(
         "timeline-worker",
         f"The worker {first.worker} ({first.stream_policy}, {first.qps:g} QPS), its first "
-        f"{len(lines)} streams in {_WINDOW_S:g} s",
+        f"{len(lines)} streams in {WINDOW_S:g} s",
         figure,
     )
 
@@ -111,7 +110,7 @@ def _busiest(rows: Sequence[EventRow]) -> float:
     """When the window with the most of these rows (in order) begins."""
     best, begins, end = 0, rows[0].t_s, 0
     for start, row in enumerate(rows):
-        while end < len(rows) and rows[end].t_s < row.t_s + _WINDOW_S:
+        while end < len(rows) and rows[end].t_s < row.t_s + WINDOW_S:
             end += 1
         if end - start > best:
             best, begins = end - start, row.t_s

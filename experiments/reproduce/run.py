@@ -92,7 +92,8 @@ def _run(step: Step) -> int:
 
 
 def is_simulated(step: Step) -> bool:
-    """Whether its rows are there, of the specification and the source tree as they are now."""
+    """Whether its rows are there, of the specification and the source tree as they are now; not if
+    that has changes of which nobody knows since when."""
     try:
         with step.rows.open() as lines:
             head = json.loads(next(lines))
@@ -100,4 +101,5 @@ def is_simulated(step: Step) -> bool:
         return False
     wanted = json.loads(json.dumps(spec_fields(load_spec(step.spec))))
     made_of = (head.get("spec"), head.get("profile"), head.get("commit"))
-    return made_of == (wanted, step.profile, source_commit())
+    commit = source_commit()
+    return made_of == (wanted, step.profile, commit) and not (commit or "").endswith("-dirty")

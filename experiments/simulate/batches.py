@@ -8,8 +8,8 @@ The counterpart of `sglang_stream/engine/schedule.py` and `passes.py`, and of SG
     apply     victims are unlocked or swapped out, copies come back from host memory
     form      full requests and passes are admitted, in order, within tokens and memory
 
-Every running request's output is set aside in full (SGLang's estimate is lower at first), so that
-none is ever retracted.
+Every running request's output is set aside in full (SGLang's estimate is lower at first, and at
+most 4,096 tokens), so that none is ever retracted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from sglang_stream.policy import (
 )
 from sglang_stream.policy.policies import Key
 
-_CLIP_MAX_NEW = 4096  # tokens of an answer that SGLang sets aside at most
 _SHORTEST = 4  # a pass before an expected seal takes at least this part of the usual time
 
 
@@ -70,8 +69,8 @@ class Request:
 
     @property
     def reserve(self) -> int:
-        """Tokens that it may still decode, as SGLang counts them."""
-        return min(max(self.output - self.generated, 0), _CLIP_MAX_NEW)
+        """Tokens that it may still decode."""
+        return max(self.output - self.generated, 0)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.cells import Cell
-from experiments.request_row import CellRow, EventName, EventRow, LoadRow, RequestRow
+from experiments.request_row import (
+    WINDOW_S,
+    CellRow,
+    EventName,
+    EventRow,
+    LoadRow,
+    RequestRow,
+)
 from experiments.simulate.clients import Client
 from experiments.simulate.cluster import Cluster
 from experiments.simulate.holdings import Usage
 from experiments.simulate.table import tokens_of
-from experiments.simulate.timeline import WINDOW_S, Happened, window
+from experiments.simulate.timeline import Happened, window
 from experiments.spec import EngineSpec
 from experiments.workload.shapes import Arrived
 from sglang_stream.config import Profile

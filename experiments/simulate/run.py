@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import typer
@@ -21,6 +21,7 @@ from experiments.command import run_command
 from experiments.rows import Row, RowFile, manifest
 from experiments.simulate.rows import simulate
 from experiments.spec import Spec, WorkloadSpec, load_spec, spec_fields
+from experiments.tokens import ModelTokenizer
 from experiments.workload.arrivals import arrivals_of
 from experiments.workload.load import queries_of
 from experiments.workload.shapes import Query
@@ -28,6 +29,16 @@ from sglang_stream.config import EngineConfig, Profile, load_profile
 from sglang_stream.errors import InvalidRequest
 
 INTERRUPTED = 130
+
+
+class _Settings(NamedTuple):
+    """What to simulate, on what. `model_path`: whose tokenizer counts a trace's tokens; `drawn`:
+    the cell with events."""
+
+    spec: Spec
+    machine: Profile
+    model_path: str | None
+    drawn: Cell | None
 
 
 def main(args: list[str]) -> int:
@@ -52,6 +63,15 @@ def run(
             show_default=".cache/simulate/<name of the specification>.jsonl",
         ),
     ] = None,
+    model_path: Annotated[
+        str | None,
+        typer.Option(
+            "--model-path",
+            "--model",
+            help="Whose tokenizer counts the tokens of a trace.",
+            show_default="none: four characters are a token",
+        ),
+    ] = None,
     events: Annotated[
         bool,
         typer.Option(
@@ -71,19 +91,28 @@ def run(
     """
     spec = load_spec(spec_path)
     machine = load_profile(profile)
-    _queries(spec.workload)  # what is wrong with a trace shows here
+    _queries(spec.workload, model_path)  # what is wrong with a trace shows here
     path = out or Path(".cache/simulate") / f"{spec.name}.jsonl"
     cells = cells_of(spec.cells)
     told = {"source": "simulator", "profile": profile, "spec": spec_fields(spec)}
+    if spec.workload.trace is not None:
+        told["tokens_by"] = model_path or "characters"
     console = display.console()
     try:
         with _replacing(path) as file:
             file.add(manifest(machine.model, [], spec.workload.seed) | told)
-            _simulate_all(spec, machine, cells, drawn_of(cells) if events else None, file)
+            drawn = drawn_of(cells) if events else None
+            counted = _simulate_all(_Settings(spec, machine, model_path, drawn), cells, file)
     except KeyboardInterrupt:
         console.print(f"Stopped: nothing was written to {path}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     console.print(f"{len(cells)} cells: their rows are in {path}", soft_wrap=True)
+    if counted["failed"]:
+        console.print(
+            f"{counted['failed']:,} of {counted['requests']:,} requests were not answered: prompt "
+            "and answer did not fit into the KV pool (engine.kv_tokens)",
+            soft_wrap=True,
+        )
 
 
 def drawn_of(cells: Sequence[Cell]) -> Cell | None:
@@ -108,40 +137,52 @@ def _replacing(path: Path) -> Iterator[RowFile]:
         file.path.unlink(missing_ok=True)
 
 
-def _simulate_all(
-    spec: Spec, machine: Profile, cells: Sequence[Cell], drawn: Cell | None, file: RowFile
-) -> None:
-    """All cells, on all cores, in their order."""
+def _simulate_all(settings: _Settings, cells: Sequence[Cell], file: RowFile) -> Counter[str]:
+    """All cells, on all cores, in their order. Returns how many `requests` there were, and how many
+    of them `failed`."""
+    counted: Counter[str] = Counter()
     with ProcessPoolExecutor(initializer=_leave_ctrl_c_to_the_parent) as pool:
         try:
             # The processes are forked here, before the display has a thread.
-            done = deque(pool.submit(_rows, spec, machine, cell, cell == drawn) for cell in cells)
+            done = deque(pool.submit(_rows, settings, cell) for cell in cells)
             with display.progress() as progress:
                 task = progress.add_task(f"{len(cells)} cells", total=len(cells))
                 while done:
-                    file.extend(done.popleft().result())
+                    rows = done.popleft().result()
+                    file.extend(rows)
+                    counted.update({name: rows[-1][name] for name in ("requests", "failed")})
                     progress.advance(task)
         except BaseException:
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+    return counted
 
 
 def _leave_ctrl_c_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _rows(spec: Spec, machine: Profile, cell: Cell, events: bool) -> list[Row]:
-    """The rows of one cell."""
-    workload = spec.workload
-    load = arrivals_of(workload, _queries(workload), cell.qps, cell.seed)
+def _rows(settings: _Settings, cell: Cell) -> list[Row]:
+    """The rows of one cell; that of the cell is the last."""
+    spec, workload = settings.spec, settings.spec.workload
+    load = arrivals_of(workload, _queries(workload, settings.model_path), cell.qps, cell.seed)
     rows = simulate(
-        machine, spec.engine, cell, load, workload.output_tokens, spec.name, events=events
+        settings.machine,
+        spec.engine,
+        cell,
+        load,
+        workload.output_tokens,
+        spec.name,
+        events=cell == settings.drawn,
     )
     return [msgspec.to_builtins(row) for row in rows]
 
 
 @cache
-def _queries(workload: WorkloadSpec) -> list[Query]:
+def _queries(workload: WorkloadSpec, model_path: str | None) -> list[Query]:
     """Those of a workload, made once in each process."""
-    return queries_of(workload)
+    if model_path is None:
+        return queries_of(workload)
+    tokenize = ModelTokenizer(model_path)
+    return queries_of(workload, lambda text: len(tokenize(text)))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.request_row import EventName
-
-WINDOW_S = 20.0  # of a worker's timeline in a report
+from experiments.request_row import WINDOW_S, EventName
 
 
 class Happened(NamedTuple):

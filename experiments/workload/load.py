@@ -37,24 +37,28 @@ def queries_of(
     `count_tokens` is for traces. Raises InvalidRequest for traces that cannot be read, and if there
     are fewer than asked for.
     """
-    if workload.trace is None:
-        queries = generate(
-            workload.kind, workload.queries, workload.seed, workload.revisions, workload.rest
-        )
-    else:
-        queries = from_traces(traces_of(workload), count_tokens)
-    return [scaled(query, workload.scale, workload.delay) for query in queries]
+    if workload.trace is not None:
+        return _scaled(workload, from_traces(traces_of(workload), count_tokens))
+    generated = generate(
+        workload.kind, workload.queries, workload.seed, workload.revisions, workload.rest
+    )
+    return _scaled(workload, generated)
 
 
-def contents_of(workload: WorkloadSpec, vocabulary: range, tokenize: Tokenize) -> Contents:
-    """What the queries of a workload say: random ids of the vocabulary, or the traces' texts."""
+def queries_with_contents(
+    workload: WorkloadSpec, tokenize: Tokenize
+) -> tuple[list[Query], Contents]:
+    """Those queries and what they say: random ids, or the traces' texts. Raises likewise."""
     if workload.trace is None:
-        return RandomContents(workload.seed, vocabulary)
-    return TextContents(traces_of(workload), tokenize)
+        return queries_of(workload), RandomContents(workload.seed)
+    traces = traces_of(workload)
+    contents = TextContents(traces, tokenize)
+    return _scaled(workload, from_traces(traces, contents.count)), contents
 
 
 def traces_of(workload: WorkloadSpec) -> list[Trace]:
-    """The first traces of a workload that has some, as many as it asks for."""
+    """The first traces of a workload that has some, as many as it asks for. Raises InvalidRequest
+    if they cannot be read or are too few, of the other mode, or two of one query."""
     path = workload.trace
     assert path is not None
     if path.suffix == _RECORDED:
@@ -65,7 +69,15 @@ def traces_of(workload: WorkloadSpec) -> list[Trace]:
         found = anns_traces(path, workload.on_bad)
     traces = list(islice(found, workload.queries))
     mode = WORKLOADS[workload.kind].mode
+    known: set[str] = set()
     for trace in traces:
+        if trace.query_id in known:
+            raise InvalidRequest(
+                f"{path} has two traces of {trace.query_id}: rows tell queries by their query_id, "
+                "leave one of them",
+                param="workload.trace",
+            )
+        known.add(trace.query_id)
         if trace.mode != mode:
             raise InvalidRequest(
                 f"{path}: {trace.query_id} is a trace of mode {trace.mode}, and workload.kind "
@@ -90,7 +102,7 @@ def from_traces(traces: Iterable[Trace], count_tokens: Callable[[str], int]) -> 
         for at_s, texts in trace.steps:
             documents = []
             for text in texts:
-                name = identity(text)
+                name = identity(text.text)
                 if name not in counted:
                     counted[name] = count_tokens(text.text)
                 documents.append(Document(name, counted[name]))
@@ -98,6 +110,10 @@ def from_traces(traces: Iterable[Trace], count_tokens: Callable[[str], int]) -> 
         question = count_tokens(trace.query)
         queries.append(Query(trace.query_id, trace.mode, tuple(steps), question_tokens=question))
     return queries
+
+
+def _scaled(workload: WorkloadSpec, queries: Iterable[Query]) -> list[Query]:
+    return [scaled(query, workload.scale, workload.delay) for query in queries]
 
 
 def scaled(query: Query, scale: float, delay: float) -> Query:

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from experiments.spec import WorkloadSpec
-from experiments.workload.contents import RandomContents, TextContents
+from experiments.workload.contents import VOCABULARY, RandomContents, TextContents
 from experiments.workload.generator import generate
 from experiments.workload.load import (
     by_characters,
-    contents_of,
     from_traces,
     queries_of,
+    queries_with_contents,
     scaled,
     traces_of,
 )
@@ -78,6 +78,22 @@ def test_each_text_is_counted_once() -> None:
     )
 
 
+def test_each_text_is_tokenised_once_and_none_while_a_load_runs() -> None:
+    seen: list[str] = []
+
+    def tokenize(text: str) -> list[int]:
+        seen.append(text)
+        return words(text)
+
+    contents = TextContents([SEARCH], tokenize)
+    (query,) = from_traces([SEARCH], contents.count)
+    contents.question(query)
+    for step in query.steps:
+        for document in step.documents:
+            contents.document(document)
+    assert sorted(seen) == sorted([SEARCH.query, A.text, B.text, A_CHANGED.text])
+
+
 def test_text_contents_are_the_ids_of_the_texts() -> None:
     contents = TextContents([SEARCH], words)
     (query,) = from_traces([SEARCH], count_words)
@@ -89,16 +105,15 @@ def test_text_contents_are_the_ids_of_the_texts() -> None:
 
 
 def test_random_contents_are_told_by_seed_and_identity() -> None:
-    contents = RandomContents(3, range(300, 8000))
-    again = RandomContents(3, range(300, 8000))
+    contents, again = RandomContents(3), RandomContents(3)
     first, second = generate("crawler", 2, 0)
     document = Document("d", 1000)
     ids = contents.document(document)
     assert ids == again.document(document)
     assert len(ids) == 1000
-    assert all(type(i) is int and 300 <= i < 8000 for i in ids)
+    assert all(type(i) is int and i in VOCABULARY for i in ids)
     assert ids != contents.document(Document("e", 1000))
-    assert ids != RandomContents(4, range(300, 8000)).document(document)
+    assert ids != RandomContents(4).document(document)
     assert contents.opening(first) != contents.opening(second)
     assert len(contents.opening(first)) == first.opening_tokens
     assert len(contents.question(first)) == first.question_tokens
@@ -118,8 +133,7 @@ def test_generated_queries_are_those_of_the_spec() -> None:
     assert queries_of(spec) == [scaled(q, 10, 3) for q in generate("crawler", 20, 5)]
     late = WorkloadSpec("anns", 20, rest="last")
     assert queries_of(late) == generate("anns", 20, 0, rest="last")
-    contents = contents_of(spec, range(10, 20), words)
-    assert isinstance(contents, RandomContents)
+    assert queries_with_contents(spec, words) == (queries_of(spec), RandomContents(5))
 
 
 def test_recorded_traces_are_taken_as_many_as_asked_for(tmp_path: Path) -> None:
@@ -129,10 +143,18 @@ def test_recorded_traces_are_taken_as_many_as_asked_for(tmp_path: Path) -> None:
     assert query.query_id == "q0"
     assert query.last_chunk_s == 30
     assert [d.tokens for d in query.steps[0].documents] == [2, 1]
-    contents = contents_of(WorkloadSpec("anns", 2, trace=path), range(1), words)
+    two, contents = queries_with_contents(WorkloadSpec("anns", 2, trace=path), words)
+    assert two == from_traces([SEARCH, second], count_words)
     assert contents.document(query.steps[0].documents[1]) == [4]
     with pytest.raises(InvalidRequest, match=r"traces\.jsonl has 2 queries with content, not 3"):
         queries_of(WorkloadSpec("anns", 3, trace=path))
+
+
+def test_two_traces_of_one_query_are_refused(tmp_path: Path) -> None:
+    path = recorded(tmp_path, SEARCH, Trace("q0", "?", "update", SEARCH.steps))
+    with pytest.raises(InvalidRequest, match=r"traces\.jsonl has two traces of q0"):
+        traces_of(WorkloadSpec("anns", 2, trace=path))
+    assert traces_of(WorkloadSpec("anns", 1, trace=path)) == [SEARCH]
 
 
 def test_a_trace_of_the_other_kind_is_refused(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class FakeServer:
     together: int = 0
     on_answer: Callable[[int], None] = lambda number: None
     has_streams: bool = True
+    policy: str | None = None
     dead: bool = False
     asked: int = 0
     flushed: int = 0
@@ -79,7 +80,8 @@ class FakeServer:
         return JSONResponse({"workers": [{"url": self.url}]})
 
     async def _metrics(self, _: str, body: Any) -> Response:
-        return PlainTextResponse(f"# TYPE {_COUNTER} counter\n{_COUNTER} {self.calls}\n")
+        label = f'{{policy="{self.policy}"}}' if self.policy else ""
+        return PlainTextResponse(f"# TYPE {_COUNTER} counter\n{_COUNTER}{label} {self.calls}\n")
 
     async def _models(self, _: str, body: Any) -> Response:
         return JSONResponse({"data": [{"id": "fake"}]})

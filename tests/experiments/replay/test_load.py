@@ -18,7 +18,7 @@ from tests.experiments.replay.fake_server import FakeServer
 
 WARM_UPS = 6
 DESCRIBED = {"source": "engine", "machine": "fake", "workload": "small"}
-CONTENTS = RandomContents(0, range(300, 8000))
+CONTENTS = RandomContents(0)
 
 
 def load_of(kind: Any, count: int = 6) -> list[Arrived]:

@@ -7,12 +7,16 @@ import signal
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
 
 from experiments.replay.run import INTERRUPTED, main
 from experiments.report.load import load_rows
 from experiments.rows import read_rows
+from experiments.server import default_model
+from retrieval_clients.traces import Trace, TraceDocument, TraceStep, write_trace
 from sglang_stream.errors import InvalidRequest, WorkerUnavailable
 from tests.experiments.replay.fake_server import FakeServer
+from tests.sglang_stream.sdk.fake_router import serving
 
 WARM_UPS = 6
 
@@ -103,6 +107,64 @@ def test_other_conditions_want_another_file(server: FakeServer, spec: Path, tmp_
     spec.write_text(spec.read_text().replace("scale = 500", "scale = 400"))
     with pytest.raises(InvalidRequest, match=r"other conditions \(workload\.scale\)"):
         replay(spec, out, "--base-url", server.url)
+
+
+def test_another_version_wants_another_file(
+    server: FakeServer, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    replay(spec, out, "--base-url", server.url)
+    monkeypatch.setattr("experiments.rows.source_commit", lambda: "another")
+    with pytest.raises(InvalidRequest, match=r"other conditions \(commit\)"):
+        replay(spec, out, "--base-url", server.url)
+
+
+def test_a_start_that_failed_leaves_nothing_that_the_next_one_must_fit(
+    server: FakeServer, spec: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(WorkerUnavailable):
+        replay(spec, out, "--base-url", "http://127.0.0.1:9")
+    assert replay(spec, out, "--base-url", server.url) == 0
+    assert kinds(out).count("manifest") == 1
+    assert read_rows(out)[0]["conditions"]["base_url"] == server.url
+
+
+def test_a_trace_is_mended_and_the_same_file_gone_on_with(
+    server: FakeServer, spec: Path, tmp_path: Path
+) -> None:
+    traces = tmp_path / "traces.jsonl"
+    step = TraceStep(0.0, (TraceDocument("a", "some words of a page"),))
+    write_trace(traces, Trace("q0", "why?", "append", (step,)))
+    traces.write_text(traces.read_text() + "{\n")
+    write_trace(traces, Trace("q1", "who?", "append", (step,)))
+    asked = 'queries = 2\ntrace = "traces.jsonl"'
+    text = spec.read_text().replace("queries = 6", asked).replace("scale = 500", "scale = 1")
+    spec.write_text(text)
+    out = tmp_path / "rows.jsonl"
+    command = ("--base-url", server.url, "--model-path", default_model())
+    with pytest.raises(InvalidRequest, match="line 2"):
+        replay(spec, out, *command)
+    spec.write_text(text.replace(asked, f'{asked}\non_bad = "skip"'))
+    assert replay(spec, out, *command) == 0
+    assert {row.query_id for row in load_rows([out]).requests} == {"q0", "q1"}
+
+
+def test_a_server_of_another_policy(server: FakeServer, spec: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    server.policy = "fcfs"
+    with pytest.raises(InvalidRequest, match=r"serves streams by fcfs: cells\.policies has srpf"):
+        replay(spec, out, "--base-url", server.url)
+    assert server.asked == 0
+    server.policy = "srpf"
+    assert replay(spec, out, "--base-url", server.url) == 0
+    assert read_rows(out)[0]["spec"]["engine"] is None
+
+
+def test_a_server_that_is_no_router(spec: Path, tmp_path: Path) -> None:
+    plain = Starlette(routes=[])
+    with serving(plain) as url, pytest.raises(InvalidRequest, match="give the address of a router"):
+        replay(spec, tmp_path / "rows.jsonl", "--base-url", url)
 
 
 def test_a_quick_try(server: FakeServer, spec: Path, tmp_path: Path) -> None:

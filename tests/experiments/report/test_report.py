@@ -12,6 +12,7 @@ from experiments.report.measures import by_setting, measured
 from experiments.report.run import files_of, main
 from experiments.report.tables import tables_of
 from experiments.report.timelines import request_timeline, worker_timeline
+from experiments.rows import Row
 from sglang_stream.errors import InvalidRequest
 from tests.experiments.report.hand_made import MANIFEST, end, event, requests, write
 
@@ -94,6 +95,52 @@ def test_files_that_are_none(tmp_path: Path, content: str, what: str) -> None:
     path.write_text(content)
     with pytest.raises(InvalidRequest, match=what):
         load_rows([path])
+
+
+def test_a_cell_in_two_files(tmp_path: Path) -> None:
+    one, two = (write(tmp_path / name, requests("fcfs", 0.1)) for name in ("one", "two"))
+    with pytest.raises(InvalidRequest, match=r"two and .*one both have the cell streaming fcfs 1"):
+        load_rows([one, two])
+
+
+def spec_of(part: str, **fields: int) -> Row:
+    return MANIFEST | {"spec": {"name": "main", part: fields}}
+
+
+def test_other_loads_under_one_name(tmp_path: Path) -> None:
+    """Those of the simulator and of an engine, too; they are compared with each other."""
+    engine = requests("fcfs", 0.1, source="engine", machine="2 cores")
+    one = write(tmp_path / "one", requests("fcfs", 0.1), spec_of("workload", queries=20, seed=0))
+    two = write(tmp_path / "two", [*engine, end(engine)], spec_of("workload", queries=40, seed=0))
+    with pytest.raises(InvalidRequest, match=r"of different workloads .*crawler \(queries\)"):
+        load_rows([one, two])
+
+
+def test_other_engines_under_one_name(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", requests("fcfs", 0.1), spec_of("engine", kv_tokens=10))
+    two = write(tmp_path / "two", requests("lcas", 0.1), spec_of("engine", kv_tokens=20))
+    with pytest.raises(InvalidRequest, match=r"of different engines .*crawler \(kv_tokens\)"):
+        load_rows([one, two])
+    other = requests("lcas", 0.1, machine="h200")
+    assert load_rows([one, write(tmp_path / "two", other, spec_of("engine", kv_tokens=20))])
+
+
+def test_what_no_table_has_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failed = [
+        msgspec.structs.replace(row, ttft_s=None, end_s=None, failed="no room")
+        for row in requests("fcfs", 0.1)
+    ]
+    broken = requests("lcas", 0.1, source="engine")
+    path = write(tmp_path / "rows", [*requests(None, 0.4), *failed, *broken])
+    assert main([str(path), "--out", str(tmp_path / "report")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "report" / "index.html").read_text()
+    for text in (
+        "Left out: 20 rows of cells that were broken off.",
+        "fcfs at 1 QPS, where none of 20 requests was answered (no room).",
+    ):
+        assert text in printed
+        assert text in page
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def test_a_name_that_tells_nothing(specs: Path, tmp_path: Path) -> None:
 def test_simulated_and_reported_and_not_again(
     specs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in ("experiments.rows", "experiments.reproduce.run"):
+        monkeypatch.setattr(f"{module}.source_commit", lambda: "abc")
     (specs / "a_cpu.toml").unlink()
     out = tmp_path / "out"
     command = ["--specs", str(specs), "--out", str(out)]
@@ -69,6 +71,12 @@ def test_simulated_and_reported_and_not_again(
     assert step.rows.read_text() == rows
     with monkeypatch.context() as patch:
         patch.setattr("experiments.reproduce.run.source_commit", lambda: "another")
+        assert not is_simulated(step)
+    head, rest = rows.split("\n", 1)
+    dirty = json.dumps(json.loads(head) | {"commit": "abc-dirty"})
+    step.rows.write_text(f"{dirty}\n{rest}")
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.reproduce.run.source_commit", lambda: "abc-dirty")
         assert not is_simulated(step)
     step.spec.write_text(step.spec.read_text().replace("queries = 20", "queries = 10"))
     assert not is_simulated(step)

@@ -36,3 +36,20 @@ def test_kv_that_is_found_again_is_not_taken_from_a_prompt_that_is_computed(
     owners = [(part.owner, part.end) for part in batches.form().slices]
     assert (request, 200 + rest) in owners
     assert (stream.hold is not None) is holds
+
+
+def test_an_update_shortens_what_a_copy_is_good_for_and_not_what_it_takes() -> None:
+    pool = Pool(1000)
+    host = HostMemory(1000)
+    table = StreamTable(Holdings(pool, "fcfs", "soft", host, PREFILL))
+    stay, go, come = Document("stay", 200), Document("go", 400), Document("come", 100)
+    stream = table.open("copied", "update", (stay, go))
+    pool.allocate(600)
+    pool.insert(stream.root, stream.prompt, 600, 600)
+    table.kv.hold(stream)
+    table.kv.preempt(Victim(stream.id, swap=True))
+    assert pool.make_free(pool.size)
+    table.kv.replace(stream, (stay, come), 300, 200)
+    assert (stream.saved, host.tokens) == (200, 600)
+    assert table.kv.restore(stream.id).tokens == 200
+    assert (stream.saved, stream.held, host.tokens) == (0, 200, 0)

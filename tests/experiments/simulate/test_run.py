@@ -14,8 +14,11 @@ from experiments.cells import Cell
 from experiments.report.load import load_rows
 from experiments.report.timelines import request_timeline, worker_timeline
 from experiments.rows import read_rows
+from experiments.server import default_model
 from experiments.simulate.run import INTERRUPTED, drawn_of, main
 from experiments.spec import load_spec
+from experiments.tokens import ModelTokenizer
+from retrieval_clients.traces import Trace, TraceDocument, TraceStep, write_trace
 from sglang_stream.errors import InvalidRequest
 
 SPECS = Path(__file__).parents[3] / "experiments" / "specs"
@@ -63,6 +66,32 @@ def test_a_specification_becomes_a_manifest_and_the_rows_of_cells(
     shown = json.dumps(plain)
     assert main([str(spec), "--profile", "h200-tp2", "--out", str(out)]) == 0
     assert json.dumps(read_rows(out)[1:]) == shown
+
+
+def test_requests_that_do_not_fit_are_counted(
+    spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec.write_text(SPEC.format(kind="crawler").replace("400000", "9000"))
+    out = tmp_path / "rows.jsonl"
+    assert main([str(spec), "--profile", "h200-tp2", "--out", str(out)]) == 0
+    rows = load_rows([out])
+    failed = sum(cell.failed for cell in rows.cells)
+    assert 0 < failed == sum(row.failed is not None for row in rows.requests)
+    assert f"{failed} of 160 requests were not answered" in capsys.readouterr().out
+
+
+def test_whose_tokens_a_trace_is_counted_in(spec: Path, tmp_path: Path) -> None:
+    step = TraceStep(0.5, (TraceDocument("a", "some words of a page"),))
+    write_trace(tmp_path / "traces.jsonl", Trace("q0", "why?", "update", (step,)))
+    spec.write_text(spec.read_text().replace("queries = 20", 'queries = 1\ntrace = "traces.jsonl"'))
+    tokens: list[int | None] = []
+    for model in ((), ("--model-path", default_model())):
+        out = tmp_path / "rows.jsonl"
+        assert main([str(spec), "--profile", "h200-tp2", "--out", str(out), *model]) == 0
+        assert read_rows(out)[0]["tokens_by"] == (model[1] if model else "characters")
+        tokens.append(load_rows([out]).requests[0].prompt_tokens)
+    tokenize = ModelTokenizer(default_model())
+    assert tokens == [5 + 1, len(tokenize("some words of a page")) + len(tokenize("why?"))]
 
 
 def test_events_of_one_cell(spec: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from experiments.simulate.timeline import WINDOW_S, Happened, window
+from experiments.request_row import WINDOW_S
+from experiments.simulate.timeline import Happened, window
 
 
 def test_a_window_has_all_of_the_requests_in_it() -> None:
