@@ -61,17 +61,20 @@ def report(
     known = load_rows(rows)
     limit_s = known.goodput_ttft_s if goodput is None else goodput_limit_s(goodput)
     profiles = [*profile, *_profiles_of(known)]
-    files = list(files_of(known, limit_s, list(dict.fromkeys(profiles))))
+    notes = left_out(known)
+    files = list(files_of(known, limit_s, list(dict.fromkeys(profiles)), notes))
     for file in files:
         _write(out / file.name, file.content)
     console = display.console()
-    for note in left_out(known):
+    for note in notes:
         console.print(note, soft_wrap=True)
     console.print(f"{len(files)} files; the page is {out / 'index.html'}", soft_wrap=True)
 
 
-def files_of(rows: Rows, goodput_ttft_s: float | None, profiles: list[str]) -> Iterator[Written]:
-    """All files of a report."""
+def files_of(
+    rows: Rows, goodput_ttft_s: float | None, profiles: list[str], notes: list[str]
+) -> Iterator[Written]:
+    """All files of a report; the page begins with `notes`."""
     sections: list[Section] = []
     every = measured(rows.requests)
     for machines, table in against_engine(every):
@@ -86,7 +89,7 @@ def files_of(rows: Rows, goodput_ttft_s: float | None, profiles: list[str]) -> I
         yield from _files(slug(setting), tables, drawings)
     costs = [recompute_against_swap(load_profile(name)) for name in profiles]
     yield from _files("profiles", [], costs)
-    yield Written("index.html", page(sections, costs, rows, left_out(rows)).encode())
+    yield Written("index.html", page(sections, costs, rows, notes).encode())
 
 
 def left_out(rows: Rows) -> list[str]:

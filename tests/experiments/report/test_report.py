@@ -163,7 +163,7 @@ def test_timelines() -> None:
 
 def test_the_same_rows_give_the_same_files(tmp_path: Path) -> None:
     rows = load_rows([write(tmp_path / "rows", [*ROWS, *EVENTS])])
-    one, two = (list(files_of(rows, 0.3, [])) for _ in range(2))
+    one, two = (list(files_of(rows, 0.3, [], [])) for _ in range(2))
     assert one == two
     names = {file.name.rpartition("/")[2] for file in one}
     assert names == {
