@@ -33,7 +33,7 @@ Mode = Literal["waiting", "streaming", "re-sending", "limit"]
 
 CHUNKS = 8
 QUESTION_TOKENS = 16
-ANSWER_TOKENS = 4  # few: where workers share cores, decoding takes those of the next prefill
+ANSWER_TOKENS = 4
 PACES = (1.5, 0.5)
 GOAL = 1.3
 GOAL_PACE = 1.5
@@ -44,10 +44,11 @@ _TOKEN_IDS = range(300, 4000)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of token ids: equal chunks and a question."""
+    """A prompt of token ids: equal chunks and a question; `answer_tokens` are asked for."""
 
     chunks: list[list[int]]
     question: list[int]
+    answer_tokens: int = ANSWER_TOKENS
 
     def context(self, count: int) -> list[int]:
         """The tokens of the first `count` chunks."""
@@ -58,11 +59,11 @@ class Prompt:
         return [*self.context(CHUNKS), *self.question]
 
 
-def random_prompt(size: int, seed: object) -> Prompt:
+def random_prompt(size: int, seed: object, answer_tokens: int = ANSWER_TOKENS) -> Prompt:
     """A prompt with `size` tokens in its chunks; nothing of it is in that of another seed."""
     rng = random.Random(f"{size}/{seed}")
     chunks = [rng.choices(_TOKEN_IDS, k=size // CHUNKS) for _ in range(CHUNKS)]
-    return Prompt(chunks, rng.choices(_TOKEN_IDS, k=QUESTION_TOKENS))
+    return Prompt(chunks, rng.choices(_TOKEN_IDS, k=QUESTION_TOKENS), answer_tokens)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ async def paced(chunks: Sequence[list[int]], gap_s: float) -> AsyncIterator[list
 
 
 async def _waiting(client: MeasuredClient, prompt: Prompt, gap_s: float) -> Answer:
-    answer = await client.plain(prompt.ids, ANSWER_TOKENS)
+    answer = await client.plain(prompt.ids, prompt.answer_tokens)
     if answer.cached_tokens != 0:
         raise EngineFailure(f"{answer.cached_tokens} tokens were cached after a flush")
     return answer
@@ -176,7 +177,7 @@ async def _waiting(client: MeasuredClient, prompt: Prompt, gap_s: float) -> Answ
 async def _limit(client: MeasuredClient, prompt: Prompt, gap_s: float) -> Answer:
     prefix = prompt.context(CHUNKS - 1)
     await client.plain(prefix, 1)
-    answer = await client.plain(prompt.ids, ANSWER_TOKENS)
+    answer = await client.plain(prompt.ids, prompt.answer_tokens)
     missing = len(prefix) - (answer.cached_tokens or 0)
     if not 0 <= missing < _LARGEST_PAGE:
         raise EngineFailure(
@@ -187,7 +188,10 @@ async def _limit(client: MeasuredClient, prompt: Prompt, gap_s: float) -> Answer
 
 async def _streaming(client: MeasuredClient, prompt: Prompt, gap_s: float) -> Answer:
     answer = await client.streamed(
-        paced(prompt.chunks, gap_s), ANSWER_TOKENS, input_ids=[], question_ids=prompt.question
+        paced(prompt.chunks, gap_s),
+        prompt.answer_tokens,
+        input_ids=[],
+        question_ids=prompt.question,
     )
     if answer.prompt != tuple(prompt.ids):
         raise EngineFailure("the stream's prompt is not what was sent")
@@ -202,7 +206,7 @@ async def _resending(client: MeasuredClient, prompt: Prompt, gap_s: float) -> An
             await arrivals.next()
             if arrivals.count < CHUNKS:
                 await client.plain(prompt.context(arrivals.count), 1)
-        return await client.plain(prompt.ids, ANSWER_TOKENS, t0=arrivals.last_at)
+        return await client.plain(prompt.ids, prompt.answer_tokens, t0=arrivals.last_at)
     finally:
         arriving.cancel()
 

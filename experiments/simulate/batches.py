@@ -235,7 +235,7 @@ class Batches:
             return Budget(0, 0.0, decoding=True)
         seconds = self._limits.pass_s
         if seconds is None:
-            seconds = self.pace.iteration_s(self._cost.prefill.base_s)
+            seconds = self.pace.iteration_s(self._cost.prefill.base_s, self._table.now)
         due_s = self._table.next_due_s()
         if due_s is not None:
             seconds = min(seconds, max(seconds / _SHORTEST, due_s - self._table.now))

@@ -16,7 +16,7 @@ from sglang_stream.policy.fit import fit_copying, fit_prefill
 logger = logging.getLogger(__name__)
 
 _TOLD = 256
-_FITTED = 64
+_FITTED = 16  # forwards of each size
 _EVERY = 16  # forwards between two fits
 _GUESSED_BYTES_PER_S = 2e9  # of a swap, until some were seen
 _GUESSED_S = 0.001
@@ -28,7 +28,19 @@ class Forwards:
     cached tokens are those that one request of all the new tokens would attend to as often."""
 
     alone: deque[tuple[int, int, float]] = field(default_factory=lambda: deque(maxlen=_TOLD))
-    all: deque[tuple[int, int, float]] = field(default_factory=lambda: deque(maxlen=_FITTED))
+    _of_size: dict[int, deque[tuple[int, int, float]]] = field(default_factory=dict)
+
+    def add(self, new: int, cached: int, seconds: float, *, alone: bool) -> None:
+        forward = new, cached, seconds
+        kept = self._of_size.setdefault(new.bit_length(), deque(maxlen=_FITTED))
+        kept.append(forward)
+        if alone:
+            self.alone.append(forward)
+
+    def of_all_sizes(self) -> list[tuple[int, int, float]]:
+        """The last ones of each size, in powers of two: a base shows only beside other sizes, and
+        forwards may be of one size for long."""
+        return [forward for kept in self._of_size.values() for forward in kept]
 
 
 class CostLearner:
@@ -47,9 +59,7 @@ class CostLearner:
     def forward(self, new: int, cached: int, seconds: float, *, alone: bool) -> None:
         """A prefill iteration is over; `alone`: it had one request."""
         self._seen += 1
-        self.forwards.all.append((new, cached, seconds))
-        if alone:
-            self.forwards.alone.append((new, cached, seconds))
+        self.forwards.add(new, cached, seconds, alone=alone)
 
     def fitted(self) -> CostModel | None:
         """New costs, if enough was seen since the last ones."""
@@ -57,7 +67,7 @@ class CostLearner:
             return None
         self._seen = 0
         try:
-            prefill, error = fit_prefill(self.forwards.all)
+            prefill, error = fit_prefill(self.forwards.of_all_sizes())
         except ValueError:
             return None  # all of one size, say: later ones will tell more
         if not self._said:

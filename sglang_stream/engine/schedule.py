@@ -253,7 +253,8 @@ class Scheduling:
         if self._config.pass_ms is not None:
             return self._config.pass_ms / 1000
         cost = self._planner.cost
-        return self._pace.iteration_s(cost.prefill.base_s if cost is not None else 0.0)
+        base_s = cost.prefill.base_s if cost is not None else 0.0
+        return self._pace.iteration_s(base_s, self._table.now)
 
     def _pool_view(self, running_batch: ScheduleBatch) -> PoolView:
         """KV for full requests as SGLang's PrefillAdder counts it, and for open streams with

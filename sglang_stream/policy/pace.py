@@ -11,35 +11,35 @@ base_s / T seconds of work: least together at T = sqrt(base_s gap_s).
 from __future__ import annotations
 
 import math
+from collections import deque
 
 _LEAST_S = 0.05
 _MOST = 10  # times the fixed cost; beyond that little of it is left to save
 _DECODING = 3  # times as long as an iteration of passes alone
-_FORGETTING = 0.1
+_REMEMBERED = 32  # complete requests: some bursts of them
 
 
 class Pace:
     """Learns how often complete requests come."""
 
     def __init__(self) -> None:
-        self._gap_s = math.inf
-        self._last_s: float | None = None
+        self._arrivals_s: deque[float] = deque(maxlen=_REMEMBERED)
 
     def arrived(self, now_s: float) -> None:
         """A complete request came: an ordinary one or a seal."""
-        if self._last_s is not None:
-            gap_s = now_s - self._last_s
-            if math.isinf(self._gap_s):
-                self._gap_s = gap_s
-            self._gap_s += _FORGETTING * (gap_s - self._gap_s)
-        self._last_s = now_s
+        self._arrivals_s.append(now_s)
 
-    def iteration_s(self, base_s: float) -> float:
+    def iteration_s(self, base_s: float, now_s: float) -> float:
         """How long an iteration with passes may take; `base_s`: a forward's fixed cost."""
-        if base_s == 0:
-            return _LEAST_S
-        best_s = math.sqrt(base_s * self._gap_s)
+        best_s = math.sqrt(base_s * self._gap_s(now_s)) if base_s else 0.0
         return max(_LEAST_S, min(best_s, _MOST * base_s))
+
+    def _gap_s(self, now_s: float) -> float:
+        """The mean gap; that since the last request counts as far as it goes (a censored one), or
+        streams that are sealed together would leave a gap of nothing until the next ones are."""
+        if len(self._arrivals_s) < 2:
+            return math.inf
+        return (now_s - self._arrivals_s[0]) / (len(self._arrivals_s) - 1)
 
 
 class Turns:

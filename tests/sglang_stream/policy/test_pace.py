@@ -7,34 +7,44 @@ import pytest
 from sglang_stream.policy import Pace, Turns
 
 
-def paced(gap_s: float, count: int = 50) -> Pace:
+def paced_s(*arrivals_s: float, base_s: float = 0.02, since_s: float = 0.0) -> float:
+    """How long an iteration is, so long after the last complete request."""
     pace = Pace()
-    for number in range(count):
-        pace.arrived(number * gap_s)
-    return pace
+    for arrival_s in arrivals_s:
+        pace.arrived(arrival_s)
+    return pace.iteration_s(base_s, (arrivals_s[-1] if arrivals_s else 0.0) + since_s)
+
+
+def every(gap_s: float) -> list[float]:
+    return [number * gap_s for number in range(50)]
 
 
 def test_iterations_are_long_where_complete_requests_are_rare() -> None:
-    assert Pace().iteration_s(0.02) == pytest.approx(0.2)
-    assert paced(1.0, count=1).iteration_s(0.02) == pytest.approx(0.2)
-    assert paced(60.0).iteration_s(0.02) == pytest.approx(0.2)
+    assert paced_s() == pytest.approx(0.2)
+    assert paced_s(1.0) == pytest.approx(0.2)
+    assert paced_s(*every(60.0)) == pytest.approx(0.2)
 
 
 def test_iterations_balance_waiting_against_the_cost_of_a_forward() -> None:
-    assert paced(0.4).iteration_s(0.02) == pytest.approx(math.sqrt(0.02 * 0.4))
-    assert paced(0.01).iteration_s(0.02) == 0.05
+    assert paced_s(*every(0.4)) == pytest.approx(math.sqrt(0.02 * 0.4))
+    assert paced_s(*every(0.01)) == 0.05
 
 
 def test_a_machine_without_fixed_cost_keeps_iterations_short() -> None:
-    assert Pace().iteration_s(0.0) == 0.05
-    assert paced(60.0).iteration_s(0.003) == 0.05
+    assert paced_s(base_s=0.0) == 0.05
+    assert paced_s(*every(60.0), base_s=0.003) == 0.05
 
 
 def test_the_pace_follows_the_load() -> None:
-    pace = paced(10.0)
-    for number in range(100):
-        pace.arrived(500.0 + number * 0.2)
-    assert pace.iteration_s(0.02) == pytest.approx(math.sqrt(0.02 * 0.2), rel=0.05)
+    later = [500.0 + number * 0.2 for number in range(100)]
+    assert paced_s(*every(10.0), *later) == pytest.approx(math.sqrt(0.02 * 0.2))
+
+
+def test_a_burst_is_no_rate_once_nothing_follows() -> None:
+    burst = (7.0, 7.001, 7.002, 7.003)
+    assert paced_s(*burst) == 0.05
+    assert paced_s(*burst, since_s=3.0) == pytest.approx(math.sqrt(0.02 * 3.003 / 3))
+    assert paced_s(*burst, since_s=60.0) == pytest.approx(0.2)
 
 
 def test_requests_decode_longer_than_passes_ran_before_them() -> None:
