@@ -30,13 +30,14 @@ _TRIES = 4
 @dataclass(frozen=True)
 class ChunkCall:
     """One numbered call as it goes to the worker. `ids`: what it adds, or the whole context;
-    `memo`: what travels with the stream from then on."""
+    `memo`: what travels with the stream from then on; `last`: the seal follows at once."""
 
     seq: int
     kind: Mode
     ids: array[int]
     placement: Placement | None
     memo: bytes | None
+    last: bool = False
 
 
 class Chunks:
@@ -120,7 +121,7 @@ class Chunks:
                 raise sealed(stream)  # a replay would open it again
             worker = await self._moves.ensure(stream)
             epoch = stream.epoch
-            fields = (stream.id, call.seq, packed, content, epoch, stream.owner)
+            fields = (stream.id, call.seq, packed, content, epoch, stream.owner, call.last)
             event = Append(*fields) if call.kind == "append" else Update(*fields, call.memo)
             try:
                 answer = await worker.ask(event)

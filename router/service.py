@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -228,7 +229,7 @@ class StreamService:
             await self.chunks.take(stream, call)
             return None
         self._check_room(tokens + tail, body.limit)
-        sending = self.chunks.send(stream, call)
+        sending = self.chunks.send(stream, replace(call, last=True))
         stream.accepted(call.seq, call.ids, Accepted(call.seq, tokens), call.placement)
         return sending
 

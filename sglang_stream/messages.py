@@ -76,7 +76,8 @@ class Open(Message, frozen=True, tag=True, array_like=True):
 
 
 class Append(Message, frozen=True, tag=True, array_like=True):
-    """Chunk `seq` (1, 2, ... without gaps) of an append stream; `digest` tells repeats apart."""
+    """Chunk `seq` (1, 2, ... without gaps) of an append stream; `digest` tells repeats apart;
+    `last`: the seal follows at once."""
 
     stream_id: str
     seq: int
@@ -84,12 +85,13 @@ class Append(Message, frozen=True, tag=True, array_like=True):
     digest: bytes
     epoch: int = 0
     owner: bytes = b""
+    last: bool = False
 
 
 class Update(Message, frozen=True, tag=True, array_like=True):
     """The whole context of an update stream as of `seq`, without the opening tokens.
 
-    `memo`, if given, takes the place of the one before."""
+    `memo`, if given, takes the place of the one before; `last`: the seal follows at once."""
 
     stream_id: str
     seq: int
@@ -97,6 +99,7 @@ class Update(Message, frozen=True, tag=True, array_like=True):
     digest: bytes
     epoch: int = 0
     owner: bytes = b""
+    last: bool = False
     memo: bytes | None = None
 
 

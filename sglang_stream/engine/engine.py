@@ -126,7 +126,7 @@ class StreamEngine:
 
     def tick(self, tick: Tick) -> None:
         """The time and the costs by which all ranks decide."""
-        self.table.now = tick.now
+        self.table.tick(tick.now)
         if tick.cost is not None:
             self.scheduling.learn(tick.cost)
 

@@ -34,12 +34,13 @@ class Usage:
 @dataclass(eq=False)
 class Stream:
     """One stream. `epoch`, `owner`, `namespace`, `memo`: see `messages.Open`; `ends`: the prompt's
-    length after each chunk of an append stream, after the latest update of another. `in_flight`:
-    a pass of it is in the forward now; `preempted`: its KV was taken and no chunk came since;
-    `saved`: the prefix that a copy in host memory ends; `reach`: the prefix that has been computed
-    once. `latest`, `since_s`, `due_s`: see `policy.View`; `stays`: the part of the prompt that is
-    not `unsure` there; `last_chunk_s`, `gaps_s`: when the last chunk came, and the time between all
-    of them. `rid`, `request`: SGLang's request once it is sealed; `aborted`: it was told to end."""
+    length after each chunk of an append stream, after the latest update of another. `in_flight`: a
+    pass of it is in the forward now; `closing`: its seal is on the way; `preempted`: its KV was
+    taken and no chunk came since; `saved`: the prefix that a copy in host memory ends; `reach`: the
+    prefix that has been computed once. `latest`, `since_s`, `due_s`: see `policy.View`; `stays`:
+    the part of the prompt that is not `unsure` there; `last_chunk_s`, `gaps_s`: when the last chunk
+    came, and the time between all of them. `rid`, `request`: SGLang's request once it is sealed;
+    `aborted`: it was told to end."""
 
     session: Session
     arrival: int
@@ -54,6 +55,7 @@ class Stream:
     ends: dict[int, int] = field(default_factory=dict)
     hold: Hold | None = None
     in_flight: bool = False
+    closing: bool = False
     preempted: bool = False
     saved: int = 0
     reach: int = 0
@@ -92,7 +94,7 @@ class Stream:
             self.latest,
             saved,
             0,  # what it may decode is known of requests only
-            self.in_flight,
+            self.in_flight or self.closing,
             self.preempted,
             self.since_s,
             prefill.work_s(tokens - ready, ready) if tokens > ready else 0.0,

@@ -7,7 +7,7 @@ same order; the only clock is the time that the events carry.
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -30,6 +30,9 @@ from sglang_stream.policy.types import Invalidation, PolicyName
 from sglang_stream.session import Session, Verdict
 
 _REMEMBERED = 4096  # finished streams whose state can still be asked for
+_SEAL_COMES_S = 0.25
+"""How long a stream whose seal is on the way is not computed. A pass begun before the seal comes
+would hold it up, and its KV would only begin to move to a decode worker after that pass."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class StreamTable:
         self.now = 0.0
         self.live: dict[str, Stream] = {}
         self._dues: list[tuple[float, str]] = []
+        self._closing: deque[tuple[float, Stream]] = deque()
         self.open_count = 0
         self._finished: OrderedDict[str, tuple[bytes, m.Status]] = OrderedDict()
 
@@ -87,6 +91,15 @@ class StreamTable:
                 return due_s
             heappop(self._dues)
         return None
+
+    def tick(self, now: float) -> None:
+        """It is `now`. A stream whose seal has not come is computed as the other open ones are."""
+        self.now = now
+        while self._closing and self._closing[0][0] <= now:
+            _, stream = self._closing.popleft()
+            if stream.closing and self.live.get(stream.session.stream_id) is stream:
+                stream.closing = False
+                self.kv.rank(stream)
 
     def get(self, stream_id: str) -> Stream:
         """The live stream of that id. Raises StreamNotFound; StreamSealed if it has finished."""
@@ -173,7 +186,7 @@ class StreamTable:
             stream.session.record(event.seq, event.digest)
             stream.usage.chunks += 1
             self._metrics.chunks.inc()
-            self._arrived(stream, now, was_ready)
+            self._arrived(stream, now, was_ready, event.last)
             self.kv.hold(stream)
         return m.Accepted(event.seq, len(stream.tokens))
 
@@ -196,7 +209,7 @@ class StreamTable:
             stream.ends = {event.seq: len(tokens)}
             stream.memo = stream.memo if event.memo is None else event.memo
             stream.session.record(event.seq, event.digest)
-            self._replace(stream, tokens, lcp, now)
+            self._replace(stream, tokens, lcp, now, event.last)
         return m.Accepted(event.seq, len(stream.tokens), lcp)
 
     def copy(self, stream: Stream, since: int) -> m.Copy:
@@ -229,6 +242,7 @@ class StreamTable:
     def seal(self, stream: Stream, rid: str) -> array[int]:
         """Ends the context; the request `rid` generates from the tokens returned."""
         stream.session.seal()
+        stream.closing = False
         stream.rid = rid
         stream.usage.ready_tokens = max(stream.held, stream.saved)
         self.open_count -= 1
@@ -279,19 +293,21 @@ class StreamTable:
         if lcp < len(ids):
             self._invalidated(stream, len(ids) - max(lcp, start))
 
-    def _replace(self, stream: Stream, tokens: array[int], lcp: int, now: float) -> None:
+    def _replace(
+        self, stream: Stream, tokens: array[int], lcp: int, now: float, last: bool
+    ) -> None:
         """Puts an update's prompt in."""
         was_ready = self.kv.is_ready(stream)
         stream.usage.updates += 1
         stream.usage.lcp_tokens += lcp
-        self._arrived(stream, now, was_ready)
+        self._arrived(stream, now, was_ready, last)
         self._invalidated(stream, self.kv.replace(stream, tokens, lcp))
         self._metrics.chunks.inc()
         self._metrics.lcp.observe(lcp)
 
-    def _arrived(self, stream: Stream, now: float, was_ready: bool) -> None:
+    def _arrived(self, stream: Stream, now: float, was_ready: bool, last: bool) -> None:
         """Notes when a chunk or an update came, and when the seal is to be expected. `was_ready`:
-        there was nothing to compute before it."""
+        there was nothing to compute before it; `last`: the seal follows at once."""
         if stream.usage.chunks + stream.usage.updates > 1:
             gap = max(0.0, now - stream.last_chunk_s)
             stream.gaps_s += gap
@@ -299,6 +315,9 @@ class StreamTable:
         if was_ready:
             stream.since_s = now
         stream.preempted = False
+        stream.closing = last
+        if last:
+            self._closing.append((now + _SEAL_COMES_S, stream))
         stream.last_chunk_s = now
         stream.latest = self.arrive()
         self._predict(stream)

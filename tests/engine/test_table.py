@@ -87,13 +87,15 @@ class Rig:
         self.table.open(m.Open(name, mode, m.pack_tokens(opening), 10.0), 0.0)
         return self.table.live[name]
 
-    def append(self, name: str, seq: int, tokens: Sequence[int], now: float = 0.0) -> m.Accepted:
+    def append(
+        self, name: str, seq: int, tokens: Sequence[int], now: float = 0.0, last: bool = False
+    ) -> m.Accepted:
         raw = m.pack_tokens(tokens)
-        return self.table.append(m.Append(name, seq, raw, m.digest(raw)), now)
+        return self.table.append(m.Append(name, seq, raw, m.digest(raw), last=last), now)
 
-    def update(self, name: str, seq: int, tokens: Sequence[int]) -> m.Accepted:
+    def update(self, name: str, seq: int, tokens: Sequence[int], last: bool = False) -> m.Accepted:
         raw = m.pack_tokens(tokens)
-        return self.table.update(m.Update(name, seq, raw, m.digest(raw)), 0.0)
+        return self.table.update(m.Update(name, seq, raw, m.digest(raw), last=last), 0.0)
 
     def start(self, stream: Stream, tokens: int) -> tuple[Stream, array[int], int, object]:
         """Begins a pass: matches and locks its prefix, as SGLang's adder does."""
@@ -354,6 +356,43 @@ def test_the_next_seal_that_is_predicted() -> None:
     assert 10.0 < due < 14.0
     rig.table.now = due + 0.1
     assert rig.table.next_due_s() is None, "it did not come true"
+
+
+@pytest.mark.parametrize("mode", ["append", "update"])
+def test_a_stream_whose_seal_is_on_the_way_waits_for_it(mode: m.Mode) -> None:
+    rig = Rig()
+    stream = rig.open("a", mode)
+    send = rig.append if mode == "append" else rig.update
+    send("a", 1, [1, 2, 3])
+    assert rig.table.kv.to_compute == {"a"}
+    send("a", 2, [1, 2, 3, 4], last=True)
+    assert rig.table.kv.to_compute == set()
+    rig.table.tick(0.1)
+    assert rig.table.kv.to_compute == set()
+    rig.table.seal(stream, "rid")
+    view = rig.table.kv.order.views[0]
+    assert view.full
+    assert not view.busy
+
+
+def test_a_stream_whose_seal_does_not_come_is_computed() -> None:
+    rig = Rig()
+    rig.open("a", "append")
+    rig.append("a", 1, [1, 2, 3], last=True)
+    rig.table.tick(1.0)
+    assert rig.table.kv.to_compute == {"a"}
+    rig.append("a", 2, [4], now=1.0, last=True)
+    rig.append("a", 3, [5], now=1.0)
+    assert rig.table.kv.to_compute == {"a"}, "there was more after what was to be the last"
+
+
+def test_a_stream_that_has_gone_is_not_awaited() -> None:
+    rig = Rig()
+    stream = rig.open("a", "append")
+    rig.append("a", 1, [1, 2, 3], last=True)
+    rig.table.drop(stream)
+    rig.table.tick(1.0)
+    assert rig.table.kv.to_compute == set()
 
 
 def test_a_refused_event_changes_nothing() -> None:
