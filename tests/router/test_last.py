@@ -126,11 +126,12 @@ def test_no_room_for_an_answer_is_told_before_anything_is_sent(
 
 
 def test_the_same_request_again(client: httpx.Client, worker: FakeWorker) -> None:
-    gate = worker.gates[0] = threading.Event()
+    gate = worker.gates[-1] = threading.Event()
     stream = opened(client)
     with ThreadPoolExecutor() as pool:
         answers = [pool.submit(generate, client, stream, 1, request_id="r") for _ in range(2)]
-        until(lambda: worker.seals)
+        # A seal that is looked at before its chunk is there would be refused, and sent again.
+        until(lambda: worker.seals and held(worker, stream) == [1, 12])
         gate.set()
         texts = {text_from(answer.result()) for answer in answers}
     assert texts == {"Hello there"}
