@@ -31,9 +31,9 @@ class Forwards:
     _of_size: dict[int, deque[tuple[int, int, float]]] = field(default_factory=dict)
 
     def add(self, new: int, cached: int, seconds: float, *, alone: bool) -> None:
+        """Keeps one more; `alone`: it had one request."""
         forward = new, cached, seconds
-        kept = self._of_size.setdefault(new.bit_length(), deque(maxlen=_FITTED))
-        kept.append(forward)
+        self._of_size.setdefault(new.bit_length(), deque(maxlen=_FITTED)).append(forward)
         if alone:
             self.alone.append(forward)
 
