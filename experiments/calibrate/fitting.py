@@ -4,6 +4,7 @@ A row tells by `what` of which kind it is, and by `repeat` of which measurement 
 
     worker     dtype, kv_tokens, kv_bytes_per_token
     prefill    new, cached, seconds          one forward of one request
+    call       seconds                       a request beyond its forward, there and back
     swap_out   size, tokens, seconds         KV of a stream to host memory
     swap_in    size, tokens, seconds         and back
     decode     requests, context, seconds    between two tokens of concurrent requests
@@ -73,8 +74,15 @@ def make_profile(rows: Sequence[Row], name: str, samples: str) -> Profile:
         swap_out=_fitted(fit_copying, copies(rows, "swap_out"), "swaps out"),
         swap_in=_fitted(fit_copying, copies(rows, "swap_in"), "swaps in"),
         decode=_fitted(fit_decode, steps(rows), "decode steps, seen by the client"),
+        call=_call(rows),
         samples=samples,
     )
+
+
+def _call(rows: Sequence[Row]) -> Figure[float]:
+    seconds = [row["seconds"] for row in rows if row.get("what") == "call"]
+    source = f"half of what {len(seconds)} requests took beyond their forwards, the median"
+    return Figure(median(seconds) / 2, source)
 
 
 def _medians(

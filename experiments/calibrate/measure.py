@@ -1,7 +1,8 @@
-"""What a worker takes: prompts, swaps and decode steps, measured on the running engine.
+"""What a worker takes: prompts, calls, swaps and decode steps, measured on the running engine.
 
 The worker tells the seconds of its own forwards and copies (`forwards`, `swap_outs`, `swap_ins` of
-its state), so neither HTTP nor queues are in them; decode steps are seen by the client.
+its state), so neither HTTP nor queues are in them; decode steps are seen by the client, and so are
+calls, by way of a router.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _SMALLEST = 16
 _SWAP_SIZES = 6
 _SPARE_PAGES = 8  # that a request needs beyond its prompt
 _IDLE_TIMEOUT_S = 3600.0
+_CALLS = 10  # of a repeat
+_CALL_TOKENS = 128
+_CALL_GAP_S = 0.3  # before each: most requests find processes and cores asleep
 _POLL_S = 0.005
 _DEADLINE_S = 600.0
 
@@ -73,7 +77,7 @@ def count_cells(limit: int, page: int) -> int:
     """How many measurements a repeat has, those of swaps aside."""
     prefixes = prefix_sizes(limit, page)
     fits = sum(prefix + new <= limit for prefix in (0, *prefixes) for new in prompt_sizes(limit))
-    return len(prefixes) + fits + len(REQUESTS) * _CONTEXTS
+    return len(prefixes) + fits + _CALLS + len(REQUESTS) * _CONTEXTS
 
 
 class MeasuredWorker(DirectWorker):
@@ -163,14 +167,18 @@ def _computed(
     """The forwards of a prompt of which `cached` tokens are cached."""
     worker.new("forwards")
     worker.compute(prompt)
+    return _forwards(worker, len(prompt) - cached)
+
+
+def _forwards(worker: MeasuredWorker, expected: int) -> list[tuple[float, ...]]:
+    """The forwards of the request that was just answered, which computed `expected` tokens."""
     found: list[tuple[float, ...]] = []
-    expected = len(prompt) - cached
 
     def complete() -> bool:
         found.extend(worker.new("forwards"))
         return sum(new for new, _, _ in found) >= expected - worker.page_size
 
-    worker.wait_for(complete, f"the computing of {expected} tokens after {cached} cached ones")
+    worker.wait_for(complete, f"the computing of {expected} tokens")
     computed = sum(new for new, _, _ in found)
     if computed > expected + worker.page_size:
         raise EngineFailure(
@@ -178,6 +186,29 @@ def _computed(
             "worker with its prefix cache on that nobody else uses"
         )
     return found
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+
+def measure_calls(
+    router_url: str, worker: MeasuredWorker, repeats: int, seed: int, add: Add, advance: Advance
+) -> None:
+    """Rows of the `seconds` that a request of one token takes beyond its forwards: there, through
+    the router, and back."""
+    rng = random.Random(f"calls/{seed}")
+    with closing(DirectHttp(router_url)) as router:
+        for repeat, _ in itertools.product(range(repeats), range(_CALLS)):
+            prompt = _tokens(rng, _CALL_TOKENS)
+            body = {"model": "default", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+            worker.new("forwards")
+            time.sleep(_CALL_GAP_S)
+            began = time.perf_counter()
+            router.call("POST", "/v1/completions", body)
+            took = time.perf_counter() - began
+            computed = sum(seconds for _, _, seconds in _forwards(worker, len(prompt)))
+            add({"what": "call", "seconds": took - computed, "repeat": repeat})
+            advance()
 
 
 # --- swaps ----------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ def table(rows: Sequence[Row], profile: Profile) -> Table:
                 f"{fitted / measured - 1:+.1%}",
             )
         shown.add_section()
+    if profile.call is not None:
+        shown.add_row("[bold]call[/], one way", f"{profile.call.value * 1e3:,.2f}", "", "")
     return shown
 
 

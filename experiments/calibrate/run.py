@@ -1,4 +1,4 @@
-"""`sglang-stream calibrate`: what a machine takes for prompts, swaps and decode steps."""
+"""`sglang-stream calibrate`: what a machine takes for prompts, calls, swaps and decode steps."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from experiments.calibrate import measure, report
 from experiments.calibrate.fitting import make_profile
 from experiments.calibrate.measure import Add, MeasuredWorker
 from experiments.command import ModelPath, run_command
+from experiments.direct import DirectHttp
 from experiments.rows import Row, RowFile, manifest
-from experiments.server import default_model, running_sglang
+from experiments.server import default_model, running_server, running_sglang
 from sglang_stream.errors import InvalidRequest
 
 _WITH_SGLANG_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -77,11 +78,12 @@ def calibrate(
 
     Flags that are not listed here go to SGLang: give those that you serve with.
 
-    A worker is started twice. The first one computes prompts of many sizes
-    ([bold]prefill[/]: seconds by new and cached tokens) and answers 1, 4 and 8
-    requests at once ([bold]decode[/]: seconds of a step). The second one has a
-    KV pool that open streams fill, so that each ordinary request pushes one
-    out to host memory ([bold]swaps[/]: seconds by tokens, each way).
+    A worker is started twice. The first one, behind a router, computes prompts
+    of many sizes ([bold]prefill[/]: seconds by new and cached tokens), answers
+    short requests one by one ([bold]call[/]: seconds beyond the forward) and 1, 4
+    and 8 at once ([bold]decode[/]: seconds of a step). The second one has a KV
+    pool that open streams fill, so that each ordinary request pushes one out
+    to host memory ([bold]swaps[/]: seconds by tokens, each way).
 
     Use an otherwise idle machine. On a GPU it is a few minutes, most of
     them the two starts; on two CPU cores with the small model some more.
@@ -121,10 +123,10 @@ def calibrate(
 
 
 def _measure_work(settings: Settings, progress: Progress, step: TaskID, add: Add) -> int:
-    """Prefill and decode, on a worker as it is served. Returns the page size of its KV."""
+    """Prefill, calls and decode, on a worker as it is served. Returns the page size of its KV."""
     with (
-        running_sglang(settings.model_path, settings.flags, streams=True) as url,
-        closing(MeasuredWorker(url)) as worker,
+        running_server(settings.model_path, settings.flags) as router_url,
+        closing(_only_worker(router_url)) as worker,
     ):
         add(worker.row())
         least = measure.least_limit(worker.page_size)
@@ -142,9 +144,17 @@ def _measure_work(settings: Settings, progress: Progress, step: TaskID, add: Add
 
         common = (settings.limit, settings.repeats, settings.seed, add, advance)
         measure.measure_prefill(worker, *common)
+        progress.update(step, description="calls")
+        measure.measure_calls(router_url, worker, *common[1:])
         progress.update(step, description="decode")
-        asyncio.run(measure.measure_decode(url, *common))
+        asyncio.run(measure.measure_decode(worker.url, *common))
         return worker.page_size
+
+
+def _only_worker(router_url: str) -> MeasuredWorker:
+    with closing(DirectHttp(router_url)) as router:
+        [worker] = router.call("GET", "/workers")["workers"]
+    return MeasuredWorker(worker["url"])
 
 
 def _measure_swaps(

@@ -57,6 +57,7 @@ def measured(gpus: tuple[str, ...] = ()) -> list[Row]:
                 cell = {"what": "decode", "requests": requests, "context": requests * context}
                 seconds = DECODE.seconds(requests, requests * context) * slower
                 rows.append({**cell, "seconds": seconds, "repeat": repeat})
+        rows.append({"what": "call", "seconds": 0.03 * slower, "repeat": repeat})
     return rows
 
 
@@ -71,6 +72,8 @@ def test_the_curves_of_the_machine_are_found() -> None:
     assert (profile.machine, profile.model) == ("2 cores of some CPU", "small")
     assert (profile.kv_tokens.value, profile.kv_bytes_per_token.value) == (5000, 3072)
     assert profile.pass_ms.value == 50
+    assert profile.call is not None
+    assert profile.call.value == pytest.approx(0.015)
     for figure, curve in (
         (profile.prefill, PREFILL),
         (profile.swap_out, OUT),
@@ -137,6 +140,7 @@ def test_the_table_has_each_cell_and_each_error() -> None:
         assert text in shown
     assert "8 requests, 4,096 tokens" in shown
     assert shown.count("median") == 5  # four curves and the title
+    assert "call, one way" in shown
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
@@ -171,6 +175,8 @@ def test_on_the_running_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert rows[0]["flags"][-4:] == flags
     cells = {(row["new"], row["cached"]) for row in rows if row.get("what") == "prefill"}
     assert {(32, 0), (128, 0), (512, 0), (32, 384), (128, 384)} <= cells
+    assert profile.call is not None
+    assert 0 < profile.call.value < 1
     for what in ("swap_out", "swap_in"):
         swapped = [(row["size"], row["tokens"]) for row in rows if row.get("what") == what]
         assert [size for size, _ in swapped] == swap_sizes(512, 4)
