@@ -152,9 +152,15 @@ def _measure_work(settings: Settings, progress: Progress, step: TaskID, add: Add
 
 
 def _only_worker(router_url: str) -> MeasuredWorker:
+    """The worker behind the router. Raises InvalidRequest if flags have started several."""
     with closing(DirectHttp(router_url)) as router:
-        [worker] = router.call("GET", "/workers")["workers"]
-    return MeasuredWorker(worker["url"])
+        workers = router.call("GET", "/workers")["workers"]
+    if len(workers) != 1:
+        raise InvalidRequest(
+            f"one worker is measured, and the flags start {len(workers)}: leave --workers, "
+            "--prefill-workers and --decode-workers away"
+        )
+    return MeasuredWorker(workers[0]["url"])
 
 
 def _measure_swaps(
