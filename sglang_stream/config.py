@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import astuple
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -17,7 +18,7 @@ import msgspec
 
 from sglang_stream.errors import InvalidRequest
 from sglang_stream.messages import Role
-from sglang_stream.policy.cost import Copying, CostModel, Decode, Prefill
+from sglang_stream.policy.cost import Copying, CostModel, Decode, Prefill, Rest
 from sglang_stream.policy.types import Invalidation, PolicyName, Preemption
 
 ENGINE_VARIABLE = "SGLANG_STREAM"
@@ -146,13 +147,18 @@ class Figure(
     error: float | None = None
 
 
+_NEVER_SLOWER = Figure(Rest(((0.0, 0.0),)), "not measured: taken for never slower")
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a machine with a model on it takes and holds.
 
     `kind`: measured on it, or derived from published figures. `pass_ms`: how long an iteration
     with passes may be. `kv_bytes_per_token`: over all devices; `kv_tokens`: the KV pool.
     `call`: seconds from a client's call until the scheduler has it, and as long back; None where it
-    is not known. `samples`: the file of what was measured, beside the profile's own.
+    is not known. `call_rest`: how much longer there and back take together when no answer was asked
+    for in a while; `forward_rest`: a prefill after a while without one. `samples`: the file of what
+    was measured, beside the profile's own.
     """
 
     name: str
@@ -168,6 +174,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     swap_in: Figure[Copying]
     decode: Figure[Decode]
     call: Figure[float] | None = None
+    call_rest: Figure[Rest] = _NEVER_SLOWER
+    forward_rest: Figure[Rest] = _NEVER_SLOWER
     samples: str | None = None
 
     @property
@@ -219,11 +227,25 @@ def _decode_profile(name_or_path: str, content: bytes) -> Profile:
         numbers = astuple(curve.value)
         if min(numbers) < 0 or not 0 < sum(numbers) < math.inf:
             raise _bad_profile(name_or_path, f"costs are at least 0 and not all 0: {curve.value}")
+    for rest in (profile.call_rest, profile.forward_rest):
+        if not _is_rest(rest.value):
+            raise _bad_profile(
+                name_or_path, f"seconds of rest ascend from 0, extras are at least 0: {rest.value}"
+            )
     if min(profile.pass_ms.value, profile.kv_bytes_per_token.value, profile.kv_tokens.value) <= 0:
         raise _bad_profile(
             name_or_path, "pass_ms, kv_bytes_per_token and kv_tokens must be above 0"
         )
     return profile
+
+
+def _is_rest(rest: Rest) -> bool:
+    rested_s = [point[0] for point in rest.points]
+    return (
+        rested_s[:1] == [0]
+        and all(before < after < math.inf for before, after in pairwise(rested_s))
+        and all(0 <= extra < math.inf for _, extra in rest.points)
+    )
 
 
 def _bad_profile(name_or_path: str, reason: str) -> InvalidRequest:

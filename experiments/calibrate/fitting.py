@@ -4,7 +4,7 @@ A row tells by `what` of which kind it is, and by `repeat` of which measurement 
 
     worker     dtype, kv_tokens, kv_bytes_per_token
     prefill    new, cached, seconds          one forward of one request
-    call       seconds                       a request beyond its forward, there and back
+    call       rested_s, forward, seconds    a request after a rest: its forward, and beyond it
     swap_out   size, tokens, seconds         KV of a stream to host memory
     swap_in    size, tokens, seconds         and back
     decode     requests, context, seconds    between two tokens of concurrent requests
@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from experiments.rows import Row, machine_of
 from sglang_stream.config import Figure, Profile
 from sglang_stream.errors import EngineFailure
+from sglang_stream.policy.cost import Rest
 from sglang_stream.policy.fit import fit_copying, fit_decode, fit_prefill
 
 _PASS_MS = 50.0
@@ -53,6 +54,11 @@ def steps(rows: Sequence[Row]) -> list[tuple[int, int, float]]:
     return [(requests, context, s) for (requests, context), s in cells]
 
 
+def rests(rows: Sequence[Row], of: str) -> list[tuple[float, float]]:
+    """Requests by the rest before them, in order: seconds of rest, and the median of `of`."""
+    return [(rested_s, value) for (rested_s,), value in _medians(rows, "call", "rested_s", of=of)]
+
+
 def make_profile(rows: Sequence[Row], name: str, samples: str) -> Profile:
     """The profile of the machine that `rows` were measured on, a manifest among them.
 
@@ -61,6 +67,7 @@ def make_profile(rows: Sequence[Row], name: str, samples: str) -> Profile:
     manifest = next(row for row in rows if row.get("bench") == "manifest")
     worker = next(row for row in rows if row.get("what") == "worker")
     prefill = _fitted(fit_prefill, forwards(rows), "forwards with one request each")
+    calls = rests(rows, "seconds")
     return Profile(
         name=name,
         kind="measured",
@@ -74,22 +81,27 @@ def make_profile(rows: Sequence[Row], name: str, samples: str) -> Profile:
         swap_out=_fitted(fit_copying, copies(rows, "swap_out"), "swaps out"),
         swap_in=_fitted(fit_copying, copies(rows, "swap_in"), "swaps in"),
         decode=_fitted(fit_decode, steps(rows), "decode steps, seen by the client"),
-        call=_call(rows),
+        call=Figure(
+            calls[0][1] / 2,
+            "half of what requests that came without a rest took beyond their forwards, the median",
+        ),
+        call_rest=_rest(calls, "what requests took beyond their forwards"),
+        forward_rest=_rest(rests(rows, "forward"), "forwards"),
         samples=samples,
     )
 
 
-def _call(rows: Sequence[Row]) -> Figure[float]:
-    seconds = [row["seconds"] for row in rows if row.get("what") == "call"]
-    source = f"half of what {len(seconds)} requests took beyond their forwards, the median"
-    return Figure(median(seconds) / 2, source)
+def _rest(cells: Sequence[tuple[float, float]], what: str) -> Figure[Rest]:
+    without_s = cells[0][1]
+    points = tuple((rested_s, max(0.0, seconds - without_s)) for rested_s, seconds in cells)
+    return Figure(Rest(points), f"medians of {what} after a rest, less the one after none")
 
 
 def _medians(
     rows: Sequence[Row], what: str, *keys: str, of: str = "seconds"
-) -> list[tuple[list[int], float]]:
+) -> list[tuple[list[Any], float]]:
     """The values of `keys` in order, each with the median of `of`."""
-    cells: dict[tuple[int, ...], list[float]] = defaultdict(list)
+    cells: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for row in rows:
         if row.get("what") == what:
             cells[tuple(row[key] for key in keys)].append(row[of])

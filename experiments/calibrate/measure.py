@@ -36,9 +36,8 @@ _SMALLEST = 16
 _SWAP_SIZES = 6
 _SPARE_PAGES = 8  # that a request needs beyond its prompt
 _IDLE_TIMEOUT_S = 3600.0
-_CALLS = 10  # of a repeat
+_CALLS = {0.0: 10, 0.1: 5, 0.3: 5, 1.0: 3, 3.0: 3}  # of a repeat, by the seconds of rest before
 _CALL_TOKENS = 128
-_CALL_GAP_S = 0.3  # before each: most requests find processes and cores asleep
 _POLL_S = 0.005
 _DEADLINE_S = 600.0
 
@@ -77,7 +76,7 @@ def count_cells(limit: int, page: int) -> int:
     """How many measurements a repeat has, those of swaps aside."""
     prefixes = prefix_sizes(limit, page)
     fits = sum(prefix + new <= limit for prefix in (0, *prefixes) for new in prompt_sizes(limit))
-    return len(prefixes) + fits + _CALLS + len(REQUESTS) * _CONTEXTS
+    return len(prefixes) + fits + sum(_CALLS.values()) + len(REQUESTS) * _CONTEXTS
 
 
 class MeasuredWorker(DirectWorker):
@@ -194,20 +193,22 @@ def _forwards(worker: MeasuredWorker, expected: int) -> list[tuple[float, ...]]:
 def measure_calls(
     router_url: str, worker: MeasuredWorker, repeats: int, seed: int, add: Add, advance: Advance
 ) -> None:
-    """Rows of the `seconds` that a request of one token takes beyond its forwards: there, through
-    the router, and back."""
+    """Rows of requests of one token that come after a rest of `rested_s`: the seconds of the
+    `forward`, and those beyond it, there, through the router, and back."""
     rng = random.Random(f"calls/{seed}")
+    rests = [rested_s for rested_s, count in _CALLS.items() for _ in range(count)]
     with closing(DirectHttp(router_url)) as router:
-        for repeat, _ in itertools.product(range(repeats), range(_CALLS)):
+        for repeat, rested_s in itertools.product(range(repeats), rests):
             prompt = _tokens(rng, _CALL_TOKENS)
             body = {"model": "default", "prompt": prompt, "max_tokens": 1, "temperature": 0}
             worker.new("forwards")
-            time.sleep(_CALL_GAP_S)
+            time.sleep(rested_s)
             began = time.perf_counter()
             router.call("POST", "/v1/completions", body)
             took = time.perf_counter() - began
-            computed = sum(seconds for _, _, seconds in _forwards(worker, len(prompt)))
-            add({"what": "call", "seconds": took - computed, "repeat": repeat})
+            forward = sum(seconds for _, _, seconds in _forwards(worker, len(prompt)))
+            row = {"what": "call", "rested_s": rested_s, "forward": forward, "repeat": repeat}
+            add({**row, "seconds": took - forward})
             advance()
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
-from experiments.calibrate.fitting import copies, forwards, steps
+from experiments.calibrate.fitting import copies, forwards, rests, steps
 from experiments.rows import Row
 from sglang_stream.config import Profile
 
@@ -41,8 +41,11 @@ def table(rows: Sequence[Row], profile: Profile) -> Table:
                 f"{fitted / measured - 1:+.1%}",
             )
         shown.add_section()
-    if profile.call is not None:
-        shown.add_row("[bold]call[/], one way", f"{profile.call.value * 1e3:,.2f}", "", "")
+    for name, of in (("call, there and back", "seconds"), ("its forward", "forward")):
+        shown.add_row(f"[bold]{name}[/]", "", "", "")
+        for rested_s, measured in rests(rows, of):
+            shown.add_row(f"  after {rested_s:g} s of rest", f"{measured * 1e3:,.2f}", "", "")
+        shown.add_section()
     return shown
 
 

@@ -80,10 +80,11 @@ def calibrate(
 
     A worker is started twice. The first one, behind a router, computes prompts
     of many sizes ([bold]prefill[/]: seconds by new and cached tokens), answers
-    short requests one by one ([bold]call[/]: seconds beyond the forward) and 1, 4
-    and 8 at once ([bold]decode[/]: seconds of a step). The second one has a KV
-    pool that open streams fill, so that each ordinary request pushes one out
-    to host memory ([bold]swaps[/]: seconds by tokens, each way).
+    short requests one by one, at once and after rests of up to 3 s ([bold]call[/]:
+    seconds beyond the forward; [bold]rests[/]: what both take more after one), and
+    1, 4 and 8 together ([bold]decode[/]: seconds of a step). The second one has a
+    KV pool that open streams fill, so that each ordinary request pushes one
+    out to host memory ([bold]swaps[/]: seconds by tokens, each way).
 
     Use an otherwise idle machine. On a GPU it is a few minutes, most of
     them the two starts; on two CPU cores with the small model some more.

@@ -26,10 +26,13 @@ from experiments.workload.shapes import Arrived, Document, Query, Step
 
 
 class Server(Protocol):
-    """What clients call. `call_s`: from a call until the worker has it, and back."""
+    """What clients call. `call_s`: from a call until the worker has it, and as long back."""
 
     clock: Clock
     call_s: float
+
+    def request_call_s(self) -> float:
+        """The same for a call for an answer, with all that it takes more after a rest."""
 
     def place(self, tokens: int, roots: dict[str, Node], prompt: Prompt) -> Worker:
         """The worker for a prompt of which so much is known; `roots`: its trees by worker."""
@@ -90,11 +93,8 @@ class Client:
         request = Request(name, root, prompt, tokens_of(prompt), output)
         if is_last:
             self.seal_s, self.request = self._clock.now, request
-        self._later(lambda: self._server.ask(worker, request, self))
-
-    def _later(self, action: Action) -> None:
-        """What a call does when it has arrived."""
-        self._clock.at(self._clock.now + self._server.call_s, action)
+        call_s = self._server.request_call_s()
+        self._clock.at(self._clock.now + call_s, lambda: self._server.ask(worker, request, self))
 
 
 class WaitingClient(Client):
@@ -162,7 +162,7 @@ class StreamingClient(Client):
         def open_stream() -> None:
             self.stream = worker.table.open(self.query.query_id, self.query.mode, opening)
 
-        self._call(open_stream)
+        self._call(open_stream, self._server.call_s)
 
     def _came(self, step: Step) -> None:
         self._pending.append(step)
@@ -184,10 +184,10 @@ class StreamingClient(Client):
             if is_last:
                 self._seal()
 
-        self._call(send)
+        self._call(send, self._server.request_call_s() if is_last else self._server.call_s)
 
-    def _call(self, action: Action) -> None:
-        """A call to the stream's worker."""
+    def _call(self, action: Action, call_s: float) -> None:
+        """A call that the stream's worker has after `call_s`."""
         assert self._worker is not None
         worker = self._worker
         self._is_calling = self._awaits_answers
@@ -195,9 +195,9 @@ class StreamingClient(Client):
         def handle() -> None:
             action()
             if self._awaits_answers:
-                self._later(self._answered)
+                self._clock.at(self._clock.now + self._server.call_s, self._answered)
 
-        self._later(lambda: worker.post(handle))
+        self._clock.at(self._clock.now + call_s, lambda: worker.post(handle))
 
     def _answered(self) -> None:
         self._is_calling = False

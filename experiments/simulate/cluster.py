@@ -9,6 +9,7 @@ before it, over a link that each prefill worker has and that is as fast as copie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from experiments.cells import Cell
@@ -33,6 +34,7 @@ def settings_of(profile: Profile, engine: EngineSpec, policy: PolicyName | None)
     pass_s = engine.pass_ms / 1000 if engine.pass_ms is not None else None
     return WorkerSettings(
         cost=profile.cost,
+        rest=profile.forward_rest.value,
         decode=profile.decode.value,
         kv_tokens=engine.kv_tokens or profile.kv_tokens.value,
         page=engine.page,
@@ -57,6 +59,8 @@ class Cluster:
     ) -> None:
         self.clock = Clock()
         self.call_s = profile.call.value if profile.call is not None else 0.0
+        self._call_rest = profile.call_rest.value
+        self._last_call_s = -math.inf
         self.workers: list[Worker] = []
         self.decoders: list[DecodeWorker] = []
         self._cell = cell
@@ -113,6 +117,9 @@ class Cluster:
 
     # --- what clients call --------------------------------------------------------------------
 
+    def request_call_s(self) -> float:
+        return self.call_s + self._call_rest.seconds(self.clock.now - self._last_call_s)
+
     def place(self, tokens: int, roots: dict[str, Node], prompt: Prompt) -> Worker:
         """The worker for a prompt of which so much is known; `roots`: its trees by worker."""
         if len(self.workers) == 1:
@@ -131,6 +138,7 @@ class Cluster:
         """Hands a worker a full request, once a decode worker has room for it where there are
         some; the client hears of its tokens."""
         self._clients[request] = client
+        self._last_call_s = self.clock.now
         if not self.decoders:
             worker.post(lambda: worker.ask(request))
             return
@@ -166,7 +174,9 @@ class Cluster:
         return False
 
     def _first_token(self, request: Request) -> None:
-        self._clients[request].first_token(request, self.clock.now + self.call_s)
+        self._last_call_s = self.clock.now + self.call_s
+        self._clients[request].first_token(request, self._last_call_s)
 
     def _ended(self, request: Request) -> None:
-        self._clients.pop(request).ended(request, self.clock.now + self.call_s)
+        self._last_call_s = self.clock.now + self.call_s
+        self._clients.pop(request).ended(request, self._last_call_s)

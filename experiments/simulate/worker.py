@@ -2,7 +2,8 @@
 
     receive   what has come since the last iteration is handled, in order
     form      the next prefill batch (`batches`), else a decode step of those that run
-    forward   base + work of all slices, or the decode step; copies back from host memory first
+    forward   base + work of all slices and what a rest adds, or the decode step; copies back from
+              host memory first
     finish    KV is cached, streams hold it, first tokens leave
 
 Results are known at the end of their iteration (SGLang without its overlap schedule). Copies to
@@ -11,6 +12,7 @@ host memory run beside forwards, one after the other; a forward waits for those 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from experiments.simulate.pool import Pool
 from experiments.simulate.table import StreamTable
 from experiments.simulate.timeline import Happened
 from router.placement import WorkerView
-from sglang_stream.policy import CostModel, Decode, Invalidation, PolicyName
+from sglang_stream.policy import CostModel, Decode, Invalidation, PolicyName, Rest
 
 _MEASURED_TOKENS = 64  # a smaller forward says little of the speed
 _POLL_S = 1e-3
@@ -37,6 +39,7 @@ class WorkerSettings:
     `foresees`: see `table`."""
 
     cost: CostModel
+    rest: Rest
     decode: Decode
     kv_tokens: int
     page: int
@@ -81,6 +84,7 @@ class Worker:
         self._inbox: deque[Action] = deque()
         self._awake = False
         self._link_free_s = 0.0
+        self._last_forward_s = -math.inf
         self._speeds: deque[float] = deque(maxlen=_SPEEDS)
 
     # --- receive ------------------------------------------------------------------------------
@@ -125,7 +129,7 @@ class Worker:
         wait_s = self._move(formed.preempted, formed.restored)
         begins_s = self._clock.now + wait_s
         if formed.slices:
-            seconds = self._prefill_s(formed.slices)
+            seconds = self._prefill_s(formed.slices, begins_s - self._last_forward_s)
             for part in formed.slices if self._happened is not None else ():
                 what: EventName = "pass" if isinstance(part.owner, Stream) else "prefill"
                 self._note(what, begins_s, seconds, part.end - part.start, part.owner.id)
@@ -152,10 +156,10 @@ class Worker:
 
         self._clock.at(self._clock.now + seconds, end)
 
-    def _prefill_s(self, slices: list[Slice]) -> float:
+    def _prefill_s(self, slices: list[Slice], rested_s: float) -> float:
         prefill = self._settings.cost.prefill
         work_s = sum(prefill.work_s(part.end - part.start, part.start) for part in slices)
-        seconds = prefill.base_s + work_s
+        seconds = prefill.base_s + work_s + self._settings.rest.seconds(rested_s)
         tokens = sum(part.end - part.start for part in slices)
         if tokens >= _MEASURED_TOKENS:
             self._speeds.append(tokens / seconds)
@@ -184,6 +188,7 @@ class Worker:
     # --- finish -------------------------------------------------------------------------------
 
     def _finish_prefill(self, slices: list[Slice]) -> None:
+        self._last_forward_s = self._clock.now
         for part in slices:
             owner = part.owner
             node = self.pool.insert(owner.root, part.prompt, part.end, part.end - part.start)
@@ -208,6 +213,7 @@ class Worker:
             self.batches.running.append(request)
 
     def _finish_decode(self, running: list[Request]) -> None:
+        self._last_forward_s = self._clock.now
         for request in running:
             request.generated += 1
             if request.generated >= request.output:

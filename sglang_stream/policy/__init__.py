@@ -1,6 +1,6 @@
 """Pure scheduling policy: no SGLang, no clock, no I/O; decisions are frozen values."""
 
-from sglang_stream.policy.cost import Copying, CostModel, Decode, Prefill
+from sglang_stream.policy.cost import Copying, CostModel, Decode, Prefill, Rest
 from sglang_stream.policy.order import Order
 from sglang_stream.policy.pace import Pace, Turns
 from sglang_stream.policy.planner import Planner
@@ -36,6 +36,7 @@ __all__ = [
     "PoolView",
     "Preemption",
     "Prefill",
+    "Rest",
     "SealPredictor",
     "Survival",
     "Turns",

@@ -3,6 +3,7 @@
     prefill  base + per_token * new + per_pair * new * (cached + new / 2)
     swap     base + per_token * tokens, each way
     decode   base + per_request * requests + per_context_token * their tokens, one step
+    rest     so much longer takes what comes after a rest
 
 `per_pair` is attention: each of the new tokens attends to all tokens before it.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 _UNLIMITED = 1 << 30  # tokens
 
@@ -61,6 +63,23 @@ class Decode:
 
     def seconds(self, requests: int, context: int) -> float:
         return self.base_s + self.per_request_s * requests + self.per_context_token_s * context
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Seconds that something takes more after a rest.
+
+    `points`: seconds of rest, ascending from 0, each with what comes on top; in between it is
+    linear, and a longer rest counts as the longest.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def seconds(self, rested_s: float) -> float:
+        for (begin, before), (end, after) in pairwise(self.points):
+            if rested_s < end:
+                return before + (after - before) * (rested_s - begin) / (end - begin)
+        return self.points[-1][1]
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,9 @@ def measured(gpus: tuple[str, ...] = ()) -> list[Row]:
                 cell = {"what": "decode", "requests": requests, "context": requests * context}
                 seconds = DECODE.seconds(requests, requests * context) * slower
                 rows.append({**cell, "seconds": seconds, "repeat": repeat})
-        rows.append({"what": "call", "seconds": 0.03 * slower, "repeat": repeat})
+        for rested_s, seconds, forward in ((0.0, 0.03, 0.05), (0.5, 0.05, 0.04), (2.0, 0.08, 0.07)):
+            row = {"what": "call", "rested_s": rested_s, "forward": forward * slower}
+            rows.append({**row, "seconds": seconds * slower, "repeat": repeat})
     return rows
 
 
@@ -74,6 +76,11 @@ def test_the_curves_of_the_machine_are_found() -> None:
     assert profile.pass_ms.value == 50
     assert profile.call is not None
     assert profile.call.value == pytest.approx(0.015)
+    more = [profile.call_rest.value.seconds(rested_s) for rested_s in (0, 0.25, 0.5, 2, 9)]
+    assert more == pytest.approx([0, 0.01, 0.02, 0.05, 0.05])
+    # A forward that was shorter after a rest says that a rest costs nothing.
+    more = [profile.forward_rest.value.seconds(rested_s) for rested_s in (0, 0.5, 1.25, 2, 9)]
+    assert more == pytest.approx([0, 0, 0.01, 0.02, 0.02])
     for figure, curve in (
         (profile.prefill, PREFILL),
         (profile.swap_out, OUT),
@@ -140,7 +147,7 @@ def test_the_table_has_each_cell_and_each_error() -> None:
         assert text in shown
     assert "8 requests, 4,096 tokens" in shown
     assert shown.count("median") == 5  # four curves and the title
-    assert "call, one way" in shown
+    assert shown.count("after 0.5 s of rest") == 2  # the call and its forward
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:

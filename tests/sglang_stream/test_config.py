@@ -8,7 +8,7 @@ import pytest
 
 from sglang_stream.config import Figure, Profile, load_profile, profile_names
 from sglang_stream.errors import InvalidRequest
-from sglang_stream.policy.cost import Copying, Decode, Prefill
+from sglang_stream.policy.cost import Copying, Decode, Prefill, Rest
 
 NAMES = ["a40", "h100-tp2", "h200", "h200-tp2"]
 
@@ -25,6 +25,8 @@ MEASURED = Profile(
     swap_out=Figure(Copying(0.001, 1e-6), "12 copies", 0.05),
     swap_in=Figure(Copying(0.002, 2e-6), "12 copies", 0.04),
     decode=Figure(Decode(0.005, 1e-4, 1e-8), "6 steps", 0.1),
+    call=Figure(0.01, "10 requests"),
+    call_rest=Figure(Rest(((0.0, 0.0), (1.0, 0.02))), "13 requests"),
     samples="mine.samples.jsonl",
 )
 
@@ -38,7 +40,7 @@ def test_each_is_derived_and_tells_where_each_figure_is_from(name: str) -> None:
     profile = load_profile(name)
     assert (profile.name, profile.kind, profile.model) == (name, "derived", "Llama-3.1-8B")
     figures = [f for f in profile.__struct_fields__ if isinstance(getattr(profile, f), Figure)]
-    assert len(figures) == 7 + (profile.call is not None)
+    assert len(figures) == 9 + (profile.call is not None)
     assert all(len(getattr(profile, field).source) > 20 for field in figures)
     assert profile.kv_bytes_per_token.value == 131072
     assert profile.cost.prefill == profile.prefill.value
@@ -85,6 +87,10 @@ def changed(*path: str, value: Any) -> str:
         (changed("prefill", "value", "base_s", value="5 ms"), r"\$\.prefill\.value\.base_s"),
         (changed("prefill", "value", "per_token_s", value=-1e-5), "at least 0"),
         (changed("swap_in", "value", value={"base_s": 0, "per_token_s": 0}), "not all 0"),
+        (changed("call_rest", "value", "points", value=[]), "ascend from 0"),
+        (changed("call_rest", "value", "points", value=[[0.1, 0]]), "ascend from 0"),
+        (changed("call_rest", "value", "points", value=[[0, 0], [1, 2], [1, 3]]), "ascend"),
+        (changed("call_rest", "value", "points", value=[[0, 0], [1, -2]]), "at least 0"),
         (changed("pass_ms", "value", value=0), "pass_ms"),
         (changed("kv_tokens", "value", value=-5), "kv_tokens"),
     ],

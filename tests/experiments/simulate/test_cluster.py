@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from experiments.cells import Cell
 from experiments.request_row import RequestRow
@@ -13,6 +14,8 @@ from experiments.simulate.holdings import Stream
 from experiments.simulate.worker import Worker
 from experiments.spec import EngineSpec
 from experiments.workload.shapes import Arrived, Document, Query, Step
+from sglang_stream.config import Figure
+from sglang_stream.policy import Rest
 from tests.experiments.simulate.loads import (
     CALL_S,
     POLICY_NAMES,
@@ -47,6 +50,21 @@ def test_a_waiting_request_alone_takes_its_iterations_and_two_ways() -> None:
     expected = sum(PREFILL.seconds(new, cached) for new, cached in iterations) + 2 * CALL_S
     assert ttft(row) == pytest.approx(expected)
     assert (row.last_chunk_s, row.cached_tokens, row.prompt_tokens) == (2.0, 0, 5015)
+
+
+def test_after_a_rest_a_call_and_a_forward_take_longer() -> None:
+    profile = structs.replace(
+        machine(),
+        call_rest=Figure(Rest(((0.0, 0.0), (10.0, 0.1))), "assumed"),
+        forward_rest=Figure(Rest(((0.0, 0.0), (10.0, 0.01))), "assumed"),
+    )
+    load = [Arrived(at_s, append_query(str(at_s), (0.0, 1000))) for at_s in (1.0, 6.0)]
+    first, second = (ttft(row) for row in simulated(profile, SDK, WAITING, load))
+    awake_s = PREFILL.seconds(1015) + 2 * CALL_S
+    assert first == pytest.approx(awake_s + 0.1 + 0.01)  # before it there was nothing
+    call_s = CALL_S + 0.01 * (5 - first)
+    between_s = 5 - first + CALL_S + call_s  # the two forwards
+    assert second == pytest.approx(awake_s - CALL_S + call_s + 0.001 * between_s)
 
 
 @pytest.mark.parametrize("engine", [SDK, DIRECT])

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_stream.policy.cost import Copying, CostModel, Prefill
+from sglang_stream.policy.cost import Copying, CostModel, Prefill, Rest
 
 costs = st.one_of(st.just(0.0), st.floats(1e-12, 1e-2))
 prefills = st.builds(Prefill, costs, costs, costs)
@@ -46,6 +48,13 @@ def test_the_parts_of_a_prompt_cost_what_it_costs_at_once_and_their_bases() -> N
     parts = prefill.work_s(700, 0) + prefill.work_s(324, 700)
     assert parts == pytest.approx(prefill.work_s(1024))
     assert prefill.seconds(1024) == pytest.approx(0.01 + parts)
+
+
+def test_what_a_rest_adds_grows_between_its_points_and_then_no_more() -> None:
+    rest = Rest(((0.0, 0.0), (1.0, 0.02), (3.0, 0.1)))
+    assert rest.seconds(0) == 0
+    assert [rest.seconds(s) for s in (0.5, 1, 2, 3)] == pytest.approx([0.01, 0.02, 0.06, 0.1])
+    assert rest.seconds(math.inf) == 0.1
 
 
 def test_long_prefixes_are_copied_and_short_ones_computed_again() -> None:
