@@ -60,7 +60,7 @@ class Cluster:
         self.clock = Clock()
         self.call_s = profile.call.value if profile.call is not None else 0.0
         self._call_rest = profile.call_rest.value
-        self._last_call_s = -math.inf
+        self._last_call_s = -math.inf  # when a call for an answer came, or an answer left
         self.workers: list[Worker] = []
         self.decoders: list[DecodeWorker] = []
         self._cell = cell
@@ -174,9 +174,9 @@ class Cluster:
         return False
 
     def _first_token(self, request: Request) -> None:
-        self._last_call_s = self.clock.now + self.call_s
-        self._clients[request].first_token(request, self._last_call_s)
+        self._last_call_s = self.clock.now
+        self._clients[request].first_token(request, self.clock.now + self.call_s)
 
     def _ended(self, request: Request) -> None:
-        self._last_call_s = self.clock.now + self.call_s
-        self._clients.pop(request).ended(request, self._last_call_s)
+        self._last_call_s = self.clock.now
+        self._clients.pop(request).ended(request, self.clock.now + self.call_s)

@@ -62,8 +62,9 @@ def test_after_a_rest_a_call_and_a_forward_take_longer() -> None:
     first, second = (ttft(row) for row in simulated(profile, SDK, WAITING, load))
     awake_s = PREFILL.seconds(1015) + 2 * CALL_S
     assert first == pytest.approx(awake_s + 0.1 + 0.01)  # before it there was nothing
-    call_s = CALL_S + 0.01 * (5 - first)
-    between_s = 5 - first + CALL_S + call_s  # the two forwards
+    since_s = 5 - first + CALL_S  # the first answer left, to the second call
+    call_s = CALL_S + 0.01 * since_s
+    between_s = since_s + call_s  # the two forwards
     assert second == pytest.approx(awake_s - CALL_S + call_s + 0.001 * between_s)
 
 
