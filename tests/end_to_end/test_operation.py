@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tests.end_to_end.server import Server, begin_generate, error_of, ok, token_ids
+from tests.end_to_end.server import (
+    PASS_TOKENS,
+    Server,
+    begin_generate,
+    error_of,
+    ok,
+    token_ids,
+)
 from tests.end_to_end.texts import ids
 
 
@@ -90,7 +97,7 @@ def test_metrics_of_the_router(server: Server) -> None:
 
 
 def test_metrics_of_the_worker(server: Server) -> None:
-    names = ("chunks_total", "passes_total", "ttft_seconds_count")
+    names = ("chunks_total", "passes_total", "pass_tokens_total", "ttft_seconds_count")
     before = {n: server.worker_metric(f"sglang_stream_{n}") for n in names}
     stream = server.open()
     ok(server.append(stream, 1, ids("worker", 300)), 202)
@@ -99,7 +106,9 @@ def test_metrics_of_the_worker(server: Server) -> None:
     assert server.worker_metric("sglang_stream_held_tokens") == 300
     assert len(token_ids(server.generate(stream))) == 8
     grown = {n: server.worker_metric(f"sglang_stream_{n}") - before[n] for n in names}
-    assert grown == {"chunks_total": 1, "passes_total": 3, "ttft_seconds_count": 1}
+    # The pace that the worker has learned may cut passes shorter.
+    assert grown.pop("passes_total") >= 300 / PASS_TOKENS
+    assert grown == {"chunks_total": 1, "pass_tokens_total": 300, "ttft_seconds_count": 1}
 
 
 def test_a_flush_takes_no_stream_along(server: Server) -> None:
